@@ -1,0 +1,1 @@
+"""How and where: Ray sessions and resources. Imports nothing of ours."""

@@ -1,0 +1,107 @@
+"""A Ray session: the cluster that was named, or a local one that comes and goes with the job.
+
+Ray says a lot on stderr. None of it is the user's business while things go well, so it is turned off before Ray is
+imported; what workers print stays in the session's log folder.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_LOG_TO_DRIVER": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TQDM": "0",
+}
+SPARE_CPUS = 2
+"""Logical CPUs that Ray Data needs free beside embedding actors; with fewer it has hung."""
+ATTEMPTS = 3
+LEFT_OUT = [".git", ".venv", "build", "corpus", "benchmarks", "docs", "tests", "models", "**/__pycache__"]
+"""Parts of the checkout that workers of a cluster do not need."""
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once where Linux says which they are."""
+    cores = set()
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
+    return len(cores)
+
+
+def local_cpus(actors: int = 1) -> int:
+    """Logical CPUs to declare for a local session with this many embedding actors."""
+    return max(4, len(os.sched_getaffinity(0)), actors + SPARE_CPUS)
+
+
+@contextmanager
+def session(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray within the block, quietly; nothing happens where a session exists already.
+
+    Args:
+        address: a running cluster ("auto" for this machine's own); None starts a local one and ends it after the block.
+        num_cpus: logical CPUs of a local one.
+
+    Raises:
+        ConnectionError: there is no cluster at `address`.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    import ray
+    import ray.data  # sets up its own logging when imported, so before `quieten`
+
+    quieten()
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    if address is None:
+        options |= {"address": "local", "num_cpus": num_cpus or local_cpus()}
+    else:
+        options = {
+            "address": address,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "runtime_env": {"working_dir": str(ROOT), "excludes": LEFT_OUT},
+        }
+    start(options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start(options: dict[str, object]) -> None:
+    """`ray.init`, again where it took too long: a busy machine may exceed the 30 s that Ray gives its raylet."""
+    import ray
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            ray.init(**options)  # type: ignore[arg-type]
+        except Exception as error:  # Ray raises a plain Exception here
+            ray.shutdown()
+            if attempt == ATTEMPTS or "timed out during startup" not in str(error):
+                raise
+            log.warning("Ray did not start in time (this machine is busy); trying again")
+        else:
+            return
+
+
+def quieten() -> None:
+    """Keep what Ray and Ray Data log below an error out of the terminal, in this process."""
+    for name in ("ray", "ray.data", "ray.tune", "ray.rllib", "ray.train"):
+        logger = logging.getLogger(name)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and getattr(handler, "stream", None) in (
+                sys.stderr,
+                sys.stdout,
+            ):
+                handler.setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""Entry points: read a configuration, connect, run, report. Nothing imports this package."""

@@ -1,0 +1,236 @@
+"""Typed configuration: models with a sentence for every field <- a TOML file <- `--set a.b=c`.
+
+A key that no model has is an error that names the nearest known one, and a value of the wrong kind is never converted
+silently: a job that runs all night must not run on a setting that nobody meant.
+"""
+
+import difflib
+import tomllib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from model.errors import InputError
+
+
+def as_names(value: Any) -> Any:
+    """One name stands for a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
+
+
+class Settings(BaseModel):
+    """A group of settings: frozen, strict, closed."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ColumnSettings(Settings):
+    """Which columns of Parquet and JSON Lines make a document. Plain text and Markdown files are one document each."""
+
+    id: str | None = None
+    """Column with the document's id; by default `id` where there is one, else the file's path and the row number."""
+    text: Names = Field(default=("text",), min_length=1)
+    """Columns with the text, joined by a blank line."""
+    template: str | None = None
+    """How to put several columns together, as in "{title}\\n\\n{body}"; replaces `text`."""
+    carry: Names = ()
+    """Source columns that are copied into the table."""
+
+
+class ChunkingSettings(Settings):
+    """Which vectors a document gets, and what happens to a long one."""
+
+    granularity: Literal["document", "chunk", "both"] = "document"
+    """One vector for a document, one for each of its chunks, or both."""
+    chunk_tokens: int = Field(default=256, gt=0)
+    """About how long a chunk is, in tokens; it ends with a sentence where it can."""
+    context: Literal["late", "none"] = "late"
+    """late: a chunk is pooled after the whole window went through the encoder; none: it is embedded alone."""
+    overlap_tokens: int | None = Field(default=None, ge=0)
+    """Tokens that neighbouring windows of a long document share; by default an eighth of `max_tokens`."""
+    max_tokens: int | None = Field(default=None, gt=2)
+    """Longest sequence, special tokens included; by default the model's."""
+    long_documents: Literal["window", "truncate"] = "window"
+    """A document longer than that is cut into overlapping windows, or truncated (and what is lost is counted)."""
+
+
+class VectorSettings(Settings):
+    """What a vector is."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the arithmetic; auto: what the table was begun with, or what the device multiplies fastest."""
+    type: Literal["float32", "float16", "int8"] = "float32"
+    """Precision of the stored vectors; int8 stores unit vectors times 127."""
+    dim: int | None = Field(default=None, gt=0)
+    """Keep the first dimensions only (Matryoshka); by default all that the model gives."""
+    normalize: bool | None = None
+    """Whether vectors get unit length; by default what the model folder says."""
+    prompt: str | None = None
+    """Text put before every document; wins over `prompt_name`."""
+    prompt_name: str | None = None
+    """Name of a prompt that the model folder defines; by default its default, or none."""
+
+
+class ComputeSettings(Settings):
+    """Where the work is done, and in what portions."""
+
+    address: str | None = None
+    """Ray cluster to use ("auto" for the one this machine belongs to); by default a local one is started."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the encoder runs."""
+    actors: int | None = Field(default=None, gt=0)
+    """Processes that hold the encoder; by default one for each GPU, or one for the machine on CPUs."""
+    tokens_per_batch: int | None = Field(default=None, gt=0)
+    """Token budget of one forward pass (a longer sequence goes alone); by default what suits the device."""
+    block_chars: int | None = Field(default=None, gt=0)
+    """Characters of text in one unit of work (more packs better, less commits sooner); by default by device."""
+    commit_every_s: float = Field(default=120.0, ge=0)
+    """Seconds between commits: what a crash can cost at most."""
+
+
+class EmbedConfiguration(Settings):
+    """Everything that `nightloom embed` and `nightloom plan` can be told."""
+
+    source: str
+    """File, folder, glob or s3:// prefix of Parquet, JSON Lines, text or Markdown."""
+    table: str
+    """Folder or s3:// prefix of the table."""
+    model: str
+    """Model folder or hub id; by default the model that comes with nightloom."""
+    delete_missing: bool = False
+    """Remove documents from the table that the source does not hold any more."""
+    columns: ColumnSettings = ColumnSettings()
+    chunking: ChunkingSettings = ChunkingSettings()
+    vectors: VectorSettings = VectorSettings()
+    compute: ComputeSettings = ComputeSettings()
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load(
+    kind: type[Model],
+    *,
+    file: str | None,
+    sets: Sequence[str],
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> Model:
+    """Build a configuration; later wins: defaults, then the TOML `file`, then `given` options, then `sets`.
+
+    Args:
+        defaults: values for keys that nothing else sets, by name.
+        given: values of the command line's own options by dotted key; None means not given.
+        sets: `key=value` each; the value is read as TOML, and as plain text where that fails.
+
+    Raises:
+        InputError: an unreadable file, an unknown key (naming the nearest known one), a value of the wrong kind.
+    """
+    tree = read_toml(file) if file else {}
+    known = dict(keys(kind))
+    for key in flatten(tree, known):
+        check_key(key, known, where=str(file))
+    for key, value in given.items():
+        if value is not None:
+            place(tree, key, value)
+    for item in sets:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise InputError(f"--set {item!r} has no value; write --set key=value")
+        check_key(key.strip(), known, where="--set")
+        place(tree, key.strip(), parse_value(text.strip()))
+    try:
+        return kind.model_validate({**(defaults or {}), **tree})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"configuration: {key} is {first['input']!r}: {lower_first(first['msg'])}") from None
+
+
+def keys(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, description) of every setting of a model."""
+    for name, field in kind.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, BaseModel):
+            yield from keys(group, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.description or ""
+
+
+def describe(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Lines for `--help`: every key with its default, its choices and its sentence."""
+    for name, field in kind.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, BaseModel):
+            yield from describe(group, f"{prefix}{name}.")
+        elif not field.is_required():
+            default = "none" if field.default is None else field.default
+            choices = [str(c) for part in members(group) if get_origin(part) is Literal for c in get_args(part)]
+            yield f"{prefix}{name} = {default}" + (f"  ({', '.join(choices)})" if choices else "")
+            yield f"    {field.description}"
+
+
+def members(annotation: Any) -> list[Any]:
+    """The alternatives of a union, or the annotation itself."""
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+
+
+def check_key(key: str, known: Mapping[str, str], *, where: str) -> None:
+    """Raise an InputError that names the nearest of the `known` keys, unless `key` is one of them."""
+    if key in known:
+        return
+
+    def likeness(name: str) -> float:
+        # The right name in a wrong group, or in none, is near.
+        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], name.rpartition(".")[2]).ratio()
+        return max(last, difflib.SequenceMatcher(None, key, name).ratio())
+
+    raise InputError(f"{where}: there is no key {key!r}; the nearest is {max(known, key=likeness)!r}")
+
+
+def flatten(tree: Mapping[str, Any], known: Mapping[str, str], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a tree; a group that no known key is in counts as a key itself."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in known:
+            if not any(other.startswith(f"{key}.") for other in known):
+                yield key
+            yield from flatten(value, known, f"{key}.")
+        else:
+            yield key
+
+
+def place(tree: dict[str, Any], key: str, value: Any) -> None:
+    *groups, last = key.split(".")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+    tree[last] = value
+
+
+def parse_value(text: str) -> Any:
+    """Numbers, booleans, lists and quoted text as TOML reads them; `none` for no value; anything else is plain text."""
+    if text == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def read_toml(file: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no configuration file {file}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"the configuration file {file} cannot be read: {error}") from None
+
+
+def lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

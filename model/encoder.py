@@ -1,0 +1,204 @@
+"""The ModernBERT encoder, whole, in one file: packed tokens in, one vector a token out.
+
+Pre-norm, GeGLU, rotary positions, alternating global and sliding-window attention (arXiv 2412.13663). Parameter names
+are Hugging Face's, so that a state dict needs no translation. The residual stream and the norms stay in float32
+whatever the compute dtype: that costs little and brings bfloat16 ten times closer to float32. Shape suffixes: T
+tokens, D width, N heads, H head size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import Pattern, Plan, attend, choose_backend, prepare
+from model.batch import PackedBatch
+from model.config import FULL, EncoderConfig
+from model.rotary import Rotary, rotate
+
+ROWS = 1024
+"""Without a gradient, what works row by row goes through in strips of so many tokens, in place: intermediate results
+stay in the cache, and a long document costs little memory."""
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input, whatever its weights are kept in.
+
+    Weights already in that dtype are used as they are; float32 master weights are cast on the way (with a float32
+    gradient).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32 (or wider, where the input is)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.norm = LayerNorm(config)
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        x_TD = self.tok_embeddings(tokens_T)
+        return self.norm(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
+
+
+class Attention(nn.Module):
+    """Everything up to the output projection, which the layer applies together with what follows it row by row."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_size = config.num_heads, config.head_size
+        self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
+        self.Wo = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x_TD: Tensor, plan: Plan, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        qkv = self.Wqkv(x_TD).view(-1, 3 * self.num_heads, self.head_size)
+        # Queries and keys are neighbours in the packed projection: one pass turns both.
+        qk, v_TNH = qkv.split([2 * self.num_heads, self.num_heads], dim=1)
+        if torch.is_grad_enabled():
+            qk = rotate(qk, *rotary)
+        else:
+            for rows, cos, sin in zip(qk.split(ROWS), *(t.split(ROWS) for t in rotary), strict=True):
+                rows.copy_(rotate(rows, cos, sin))
+        q_TNH, k_TNH = qk.split(self.num_heads, dim=1)
+        return attend(q_TNH, k_TNH, v_TNH, plan).reshape(x_TD.shape)
+
+
+class GeGLU(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.Wi = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.Wo = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        value, gate = self.Wi(x_TD).chunk(2, dim=-1)
+        return self.Wo(F.gelu(value) * gate)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: EncoderConfig, index: int) -> None:
+        super().__init__()
+        # The embedding norm has just been applied before the first layer.
+        self.attn_norm = nn.Identity() if index == 0 else LayerNorm(config)
+        self.attn = Attention(config)
+        self.mlp_norm = LayerNorm(config)
+        self.mlp = GeGLU(config)
+
+    def forward(self, x_TD: Tensor, plan: Plan, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        attended_TD = self.attn(self.attn_norm(x_TD).to(dtype), plan, rotary)
+        if torch.is_grad_enabled():
+            x_TD = x_TD + self.attn.Wo(attended_TD)
+            return x_TD + self.mlp(self.mlp_norm(x_TD).to(dtype))
+        for rows, attended in zip(x_TD.split(ROWS), attended_TD.split(ROWS), strict=True):
+            rows += self.attn.Wo(attended)
+            rows += self.mlp(self.mlp_norm(rows).to(dtype))
+        return x_TD
+
+
+class Encoder(nn.Module):
+    """ModernBERT without a head.
+
+    Args:
+        config: the shape.
+        attention: "auto", or a back-end's name (see `model.attention`).
+        dtype: what matrix products and attention compute in; None takes the dtype of the weights. Weights in float32
+            with a bfloat16 `dtype` train in mixed precision.
+        device: where the weights will live; the attention back-end is chosen for it.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        attention: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = dtype
+        with torch.device(device):
+            self.embeddings = Embeddings(config)
+            self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+            self.final_norm = LayerNorm(config)
+        self.global_rotary = Rotary(config.head_size, config.global_theta)
+        self.local_rotary = Rotary(config.head_size, config.local_theta)
+        self.checkpoint_activations = False
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        self.attention, self.attention_reason = choose_backend(
+            attention, device=torch.device(device), dtype=dtype or torch.float32, head_size=config.head_size
+        )
+
+    def forward(self, batch: PackedBatch, layer_outputs: list[Tensor] | None = None) -> Tensor:
+        """Encode a packed batch.
+
+        Args:
+            batch: on the encoder's device; sequences of at most `config.max_tokens` tokens (longer ones extrapolate).
+            layer_outputs: if given, receives the embedding and then every layer's output, (T, D) each, the last
+                before the final norm.
+
+        Returns:
+            hidden_TD in float32 (float64 where the weights are).
+        """
+        dtype = self.compute_dtype or self.embeddings.tok_embeddings.weight.dtype
+        x_TD = self.embeddings(batch.tokens_T)
+        positions_T = batch.positions_T()
+        patterns = {
+            layer_type: (
+                prepare(
+                    self.attention, batch, Pattern(None if layer_type == FULL else self.config.window), dtype=dtype
+                ),
+                (self.global_rotary if layer_type == FULL else self.local_rotary)(positions_T, batch.max_seqlen),
+            )
+            for layer_type in sorted(set(self.config.layer_types))
+        }
+        if layer_outputs is not None:
+            layer_outputs.append(x_TD.clone())
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            plan, rotary = patterns[layer_type]
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x_TD = checkpoint(layer, x_TD, plan, rotary, dtype, use_reentrant=False)
+            else:
+                x_TD = layer(x_TD, plan, rotary, dtype)
+            if layer_outputs is not None:
+                layer_outputs.append(x_TD.clone())
+        return self.final_norm(x_TD)
+
+
+def init_weights(module: nn.Module, config: EncoderConfig, generator: torch.Generator | None = None) -> None:
+    """Initialise an encoder, or a model with a head, as published.
+
+    Truncated normal at +- `initializer_cutoff_factor` standard deviations, biases 0, norm weights 1:
+
+        embeddings, Wqkv, Wi            initializer_range
+        Wo, head.dense, decoder         initializer_range / sqrt(2 * num_layers)
+        classifier                      hidden_size ** -0.5
+    """
+    narrow = config.initializer_range / math.sqrt(2.0 * config.num_layers)
+    deviations = {"Wo": narrow, "dense": narrow, "decoder": narrow, "classifier": config.hidden_size**-0.5}
+    for name, child in module.named_modules():
+        if isinstance(child, nn.LayerNorm):
+            nn.init.ones_(child.weight)
+        # A tied decoder is the embedding, which has its own row in the table; its bias is the decoder's own.
+        tied = name.endswith("decoder") and config.tie_word_embeddings
+        if isinstance(child, nn.Linear | nn.Embedding) and not tied:
+            std = deviations.get(name.rpartition(".")[2], config.initializer_range)
+            cut = config.initializer_cutoff_factor * std
+            nn.init.trunc_normal_(child.weight, std=std, a=-cut, b=cut, generator=generator)
+        if getattr(child, "bias", None) is not None and isinstance(child.bias, Tensor):
+            nn.init.zeros_(child.bias)

@@ -1,0 +1,231 @@
+"""Model folders as Hugging Face and sentence-transformers write them: what they say, without loading a weight.
+
+Loads no torch, so that the CPU stages of a pipeline can read prompts, pooling and tokenizer. Pickle is never opened.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.config import EncoderConfig
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NEEDED = ["*.json", "*.safetensors", "*/config.json"]
+
+# sentence-transformers' pooling modes and ours; the older folders say them as booleans.
+POOLING_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last", "weightedmean": "weighted_mean"}
+POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model folder's description."""
+
+    path: Path
+    config: EncoderConfig
+    architecture: str
+    """Hugging Face's class name, e.g. "ModernBertForMaskedLM"."""
+    pooling: str = "mean"
+    include_prompt: bool = True
+    """Whether the tokens of a prompt are pooled with the text's."""
+    normalize: bool = False
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    max_tokens: int = 8192
+    truncate_dim: int | None = None
+    weight_files: tuple[Path, ...] = ()
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return min(self.truncate_dim or self.config.hidden_size, self.config.hidden_size)
+
+
+def resolve_folder(folder_or_id: str | os.PathLike[str]) -> Path:
+    """A local folder as it is, or a hub id fetched with `huggingface_hub` (safetensors and JSON only).
+
+    Raises:
+        InputError: neither a folder nor an id that the hub, or its local cache, can give.
+    """
+    path = Path(folder_or_id)
+    if path.is_dir():
+        return path
+    text = str(folder_or_id)
+    looks_local = path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text
+    if looks_local:
+        raise InputError(
+            f"no model folder at {text!r}; give a folder with config.json and model.safetensors, or a hub id"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=NEEDED))
+    except Exception as error:  # the hub raises a dozen kinds, all of which mean the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"no folder {text!r} here, nor on the hub ({reason[:160]}); check the name or the network"
+        ) from error
+
+
+def read_folder(folder_or_id: str | os.PathLike[str]) -> ModelFolder:
+    """Read what a Hugging Face or sentence-transformers folder says of itself.
+
+    A folder without `modules.json` is a plain Hugging Face model: mean pooling, not normalised, as
+    sentence-transformers has it.
+
+    Raises:
+        InputError: no model there, another architecture, a module that is not supported.
+    """
+    path = resolve_folder(folder_or_id)
+    modules = _read_json(path / "modules.json", default=[])
+    kinds = [str(m.get("type", "")).rpartition(".")[2] for m in modules]
+    transformer = path / modules[kinds.index("Transformer")].get("path", "") if "Transformer" in kinds else path
+    if not (transformer / "config.json").is_file():
+        raise InputError(
+            f"{path} holds no model: config.json is missing; give a Hugging Face or sentence-transformers folder"
+        )
+    hf = _read_json(transformer / "config.json")
+    try:
+        config = EncoderConfig.from_hf(hf)
+    except InputError as error:
+        raise InputError(f"{transformer}: {error}") from error
+    settings: dict[str, Any] = {}
+    for module, kind in zip(modules, kinds, strict=True):
+        options = _read_json(path / module.get("path", "") / "config.json", default={}) if kind != "Transformer" else {}
+        if kind == "Pooling":
+            settings["pooling"] = _pooling(options, path)
+            settings["include_prompt"] = bool(options.get("include_prompt", True))
+        elif kind == "Normalize":
+            settings["normalize"] = True
+        elif kind != "Transformer":
+            raise InputError(
+                f"{path}/modules.json has a {kind or 'nameless'} module; supported are Transformer, Pooling, Normalize"
+            )
+    st = _read_json(path / "config_sentence_transformers.json", default={})
+    settings["prompts"] = {k: v for k, v in (st.get("prompts") or {}).items() if isinstance(v, str)}
+    settings["default_prompt_name"] = st.get("default_prompt_name")
+    settings["truncate_dim"] = st.get("truncate_dim")
+    limits = [
+        config.max_tokens,
+        _read_json(transformer / "sentence_bert_config.json", default={}).get("max_seq_length"),
+        _read_json(transformer / "tokenizer_config.json", default={}).get("model_max_length"),
+    ]
+    return ModelFolder(
+        path=transformer,
+        config=config,
+        architecture=(hf.get("architectures") or ["ModernBertModel"])[0],
+        max_tokens=min(int(limit) for limit in limits if limit),
+        weight_files=_weight_files(transformer),
+        **settings,
+    )
+
+
+def _pooling(options: dict[str, Any], path: Path) -> str:
+    mode = options.get("pooling_mode")
+    active = (
+        mode if isinstance(mode, list) else [mode] if mode else [n for k, n in POOLING_FLAGS.items() if options.get(k)]
+    )
+    if not active:
+        active = ["mean"]
+    if len(active) != 1 or active[0] not in POOLING_NAMES:
+        raise InputError(
+            f"{path}: pooling {'+'.join(map(str, active))} is not supported; known are {', '.join(POOLING_NAMES)}"
+        )
+    return POOLING_NAMES[active[0]]
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    if (path / SINGLE).is_file():
+        return (path / SINGLE,)
+    if (path / INDEX).is_file():
+        names = sorted(set(_read_json(path / INDEX).get("weight_map", {}).values()))
+        if any("/" in n or "\\" in n or not n.endswith(".safetensors") for n in names):
+            raise InputError(
+                f"{path / INDEX} names a file outside the folder or of another kind; only *.safetensors are read"
+            )
+        files = tuple(path / n for n in names)
+        if absent := [f.name for f in files if not f.is_file()]:
+            raise InputError(f"{path}: weight file {absent[0]} is named by {INDEX} and missing")
+        return files
+    extra = ", pickled weights are not read" if (path / "pytorch_model.bin").exists() else ""
+    raise InputError(f"{path} has no weights: {SINGLE} is missing{extra}; convert the model to safetensors")
+
+
+def _read_json(path: Path, default: Any = None) -> Any:
+    if default is not None and not path.is_file():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    kind = list if isinstance(default, list) else dict
+    if not isinstance(value, kind):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, expected a {kind.__name__}")
+    return value
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer":
+    """The folder's `tokenizer.json`, with its padding and truncation switched off: whoever packs decides about length.
+
+    Raises:
+        InputError: missing or unreadable.
+    """
+    from tokenizers import Tokenizer
+
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(f"{path} has no tokenizer.json; save the tokenizer with transformers' fast tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise InputError(f"{file} cannot be read: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: "Tokenizer", config: EncoderConfig, path: Path) -> None:
+    """Refuse a tokenizer that would index past the embedding.
+
+    Raises:
+        InputError: the tokenizer has more entries than the weights have rows.
+    """
+    entries = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if entries > config.vocab_size:
+        raise InputError(
+            f"{path}: the tokenizer has ids up to {entries - 1}, the weights have {config.vocab_size} rows; "
+            "they do not belong together"
+        )
+
+
+def weights_hash(path: str | os.PathLike[str]) -> str:
+    """128-bit BLAKE2b, in hex, of the weight files' bytes and of the configuration that decides the arithmetic."""
+    folder = read_folder(path)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in folder.weight_files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    shape = {k: v for k, v in folder.config.to_hf().items() if k not in folder.config.extra}
+    digest.update(json.dumps(shape, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def tokenizer_hash(path: str | os.PathLike[str]) -> str:
+    """128-bit BLAKE2b, in hex, of `tokenizer.json`."""
+    folder = read_folder(path)
+    return hashlib.blake2b((folder.path / "tokenizer.json").read_bytes(), digest_size=16).hexdigest()

@@ -1,0 +1,206 @@
+"""Weights in and out of Hugging Face and sentence-transformers folders: safetensors only, key for key.
+
+Parameter names are Hugging Face's already; all that differs is the `model.` prefix of a folder that was saved with a
+head.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.attention import choose_backend
+from model.config import EncoderConfig
+from model.encoder import Encoder
+from model.errors import InputError
+from model.folder import POOLING_NAMES, ModelFolder
+from model.heads import HEADS, Headed, MaskedLanguageModel
+
+PREFIX = "model."
+EMBEDDING = "model.embeddings.tok_embeddings.weight"
+
+
+def load_encoder(folder: ModelFolder, **options: Any) -> Encoder:
+    """The encoder of a folder, whatever head was saved with it.
+
+    Args:
+        folder: as `read_folder` gave it.
+        options: for `Encoder` (`attention`, `dtype`, `device`).
+
+    Raises:
+        InputError: weights that are unreadable, missing, or of another shape than config.json says.
+    """
+    state = _read_state(folder)
+    if any(key.startswith(PREFIX) for key in state):
+        state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    encoder = _on_meta(folder.config, options)
+    _assign(encoder, state, folder, strict_names=False)
+    return encoder
+
+
+def load_model(folder: ModelFolder, architecture: str | None = None, **options: Any) -> Encoder | Headed:
+    """The folder's model with its head.
+
+    Args:
+        architecture: one of `model.heads.HEADS`; the folder's own by default.
+
+    Raises:
+        InputError: an architecture that is not implemented, or weights that do not fit it.
+    """
+    architecture = architecture or folder.architecture
+    if architecture not in HEADS:
+        raise InputError(
+            f"{folder.path}: architecture {architecture!r} is not implemented; known are {', '.join(HEADS)}"
+        )
+    head = HEADS[architecture]
+    if head is None:
+        return load_encoder(folder, **options)
+    state = _read_state(folder)
+    with torch.device("meta"):
+        model = head(_on_meta(folder.config, options))
+    if folder.config.tie_word_embeddings and architecture == "ModernBertForMaskedLM":
+        state.setdefault("decoder.weight", state.get(EMBEDDING, torch.empty(0)))
+    _assign(model, state, folder, strict_names=True)
+    if folder.config.tie_word_embeddings and isinstance(model, MaskedLanguageModel):
+        model.decoder.weight = model.model.embeddings.tok_embeddings.weight
+    return model
+
+
+def _on_meta(config: EncoderConfig, options: dict[str, Any]) -> Encoder:
+    """An encoder without memory behind it, its attention chosen for the device it will move to."""
+    device = options.pop("device", "cpu")
+    encoder = Encoder(config, device="meta", **{**options, "attention": "blocks"})
+    encoder.attention, encoder.attention_reason = choose_backend(
+        options.get("attention", "auto"),
+        device=torch.device(device),
+        dtype=encoder.compute_dtype or torch.float32,
+        head_size=config.head_size,
+    )
+    return encoder
+
+
+def _read_state(folder: ModelFolder) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for file in folder.weight_files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for key in reader.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    state[key] = reader.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} cannot be read as safetensors: {error}; fetch or save the model again") from error
+    return state
+
+
+def _assign(module: nn.Module, state: dict[str, Tensor], folder: ModelFolder, *, strict_names: bool) -> None:
+    wanted = module.state_dict()
+    if missing := sorted(set(wanted) - set(state)):
+        raise InputError(
+            f"{folder.path}: the weights lack {missing[0]!r} ({len(missing)} missing); they do not fit config.json"
+        )
+    heads = ("head.", "decoder.", "classifier.", "lm_head.")
+    extra = sorted(k for k in set(state) - set(wanted) if strict_names or not k.startswith(heads))
+    if extra:
+        raise InputError(
+            f"{folder.path}: the weights have {extra[0]!r} ({len(extra)} unknown); they do not fit config.json"
+        )
+    for key, tensor in wanted.items():
+        if state[key].shape != tensor.shape:
+            raise InputError(
+                f"{folder.path}: {key} has shape {tuple(state[key].shape)}, config.json wants {tuple(tensor.shape)}; "
+                "weights and config.json do not belong together"
+            )
+    module.load_state_dict({key: state[key] for key in wanted}, assign=True)
+
+
+def save_folder(
+    module: Encoder | Headed,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer_from: str | os.PathLike[str] | None = None,
+    pooling: str | None = None,
+    normalize: bool = True,
+    prompts: dict[str, str] | None = None,
+    max_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a folder that `transformers`, and with `pooling` `sentence-transformers`, load. It appears whole or not
+    at all.
+
+    Args:
+        module: an `Encoder` or a model with a head.
+        path: must not exist yet, or be a folder to replace.
+        tokenizer_from: a folder whose tokenizer files are copied.
+        pooling: one of "mean", "cls", "last", "weighted_mean": writes the sentence-transformers files too.
+        dtype: of the saved tensors; None keeps theirs.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoder = module if isinstance(module, Encoder) else module.model
+    architecture = next(name for name, kind in HEADS.items() if isinstance(module, kind or Encoder))
+    config = encoder.config.to_hf() | {"architectures": [architecture]}
+    tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in module.state_dict().items()}
+    if encoder.config.tie_word_embeddings:
+        tensors.pop("decoder.weight", None)
+    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        staging.chmod(0o755)
+        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        (staging / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+        _write_json(staging / "config.json", config)
+        if tokenizer_from is not None:
+            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+                if (Path(tokenizer_from) / name).is_file():
+                    shutil.copy(Path(tokenizer_from) / name, staging / name)
+        if pooling is not None:
+            _write_sentence_transformers(staging, encoder.config, pooling, normalize, prompts or {}, max_tokens)
+        if path.exists():
+            shutil.rmtree(path)
+        staging.rename(path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return path
+
+
+def _write_sentence_transformers(
+    path: Path, config: EncoderConfig, pooling: str, normalize: bool, prompts: dict[str, str], max_tokens: int | None
+) -> None:
+    """The files of sentence-transformers 3 to 6, in the spelling that all of them read."""
+    theirs = {ours: name for name, ours in POOLING_NAMES.items()}[pooling]
+    flags = {"cls": "cls_token", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] if normalize else [])
+    _write_json(
+        path / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+            for i, (folder, kind) in enumerate(modules)
+        ],
+    )
+    (path / "1_Pooling").mkdir()
+    _write_json(
+        path / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": config.hidden_size, "include_prompt": True}
+        | {f"pooling_mode_{flag}": name == theirs for name, flag in flags.items()},
+    )
+    if normalize:
+        (path / "2_Normalize").mkdir()
+        _write_json(path / "2_Normalize" / "config.json", {})
+    _write_json(
+        path / "sentence_bert_config.json", {"max_seq_length": max_tokens or config.max_tokens, "do_lower_case": False}
+    )
+    _write_json(
+        path / "config_sentence_transformers.json",
+        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,374 @@
+"""The embedding table: a Lance dataset whose rows are vectors and whose metadata is the recipe.
+
+Workers write fragments (`write_fragment`), which count for nothing until the driver commits them in one transaction
+that also removes the old rows of changed documents (`commit`). Readers open the tag `published`, which moves
+only when a run is complete. The table is the only checkpoint: what a killed run did not commit, the next finds missing.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+from lance.fragment import FragmentMetadata, write_fragments
+
+from model.errors import InputError
+from pipeline import storage
+from pipeline.recipe import Recipe
+
+PUBLISHED = "published"
+RECIPE_KEY, FINGERPRINT_KEY, MODEL_KEY, RUN_KEY = (
+    f"nightloom.{name}" for name in ("recipe", "fingerprint", "model", "run")
+)
+VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
+KEY = np.dtype("S16")
+"""128-bit hashes as fixed bytes. numpy compares them like memcmp, because all have the full length."""
+
+
+def table_schema(dim: int, vector_type: str, carried: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Columns of a table with vectors of length `dim`, followed by the source columns that are carried along."""
+    columns = [
+        pa.field("document_id", pa.string(), nullable=False),
+        pa.field("chunk", pa.int32(), nullable=False),
+        *(pa.field(f"{unit}_{end}", pa.int64()) for unit in ("char", "token") for end in ("start", "end")),
+        pa.field("text_hash", pa.binary(16), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("run", pa.string(), nullable=False),
+        pa.field("vector", pa.list_(VECTOR_TYPES[vector_type], dim), nullable=False),
+    ]
+    names = {column.name for column in columns}
+    if taken := [column.name for column in carried if column.name in names]:
+        raise InputError(f"column {taken[0]!r} cannot be carried along: the table has a column of that name itself")
+    return pa.schema([*columns, *carried])
+
+
+def hash_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """128-bit hashes (S16) of document ids, in their order."""
+    raw = ids.cast(pa.large_binary()).to_pylist()
+    digests = b"".join(hashlib.blake2b(value, digest_size=16).digest() for value in raw)
+    return np.frombuffer(digests, dtype=KEY)
+
+
+def as_keys(hashes: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A `fixed_size_binary[16]` column without nulls as a numpy array of S16."""
+    array = hashes.combine_chunks() if isinstance(hashes, pa.ChunkedArray) else hashes
+    return np.frombuffer(array.buffers()[1], dtype=KEY, count=len(array), offset=array.offset * KEY.itemsize)
+
+
+def is_among(wanted: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """For each of `wanted` whether it stands in the sorted array `ordered`."""
+    if not len(ordered):
+        return np.zeros(len(wanted), dtype=bool)
+    return ordered[np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)] == wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What a table holds, sorted by id: one entry for each document and each fragment that has rows of it."""
+
+    ids: np.ndarray
+    """S16, hashes of document ids, ascending."""
+    hashes: np.ndarray
+    """S16, the hash of the text each was embedded from."""
+    fragments: np.ndarray
+    """int64, the fragment that holds its rows."""
+
+    def known(self, ids: np.ndarray) -> np.ndarray:
+        """For each of `ids` whether the table holds that document."""
+        return is_among(ids, self.ids)
+
+    def unchanged(self, ids: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+        """For each document whether the table holds it with this very text."""
+        if not len(self.ids):
+            return np.zeros(len(ids), dtype=bool)
+        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return (self.ids[at] == ids) & (self.hashes[at] == hashes)
+
+    def fragments_of(self, ids: np.ndarray) -> set[int]:
+        """The fragments that hold rows of any of `ids`."""
+        return set(self.fragments[is_among(self.ids, np.sort(ids))].tolist())
+
+    @classmethod
+    def empty(cls) -> "Keys":
+        return cls(np.empty(0, KEY), np.empty(0, KEY), np.empty(0, np.int64))
+
+
+class EmbeddingTable:
+    """A table as one version of it was when it was opened. `commit` moves the object on to the version it made."""
+
+    def __init__(self, uri: str, dataset: lance.LanceDataset) -> None:
+        # Workers have another working directory.
+        self.uri = uri if storage.is_s3(uri) else os.path.abspath(os.path.expanduser(uri))
+        self.dataset = dataset
+        metadata = {key.decode(): value.decode() for key, value in (dataset.schema.metadata or {}).items()}
+        if RECIPE_KEY not in metadata:
+            raise InputError(
+                f"{uri} is a Lance dataset without a recipe: nightloom did not write it; name another table"
+            )
+        self.recipe = Recipe.from_json(metadata[RECIPE_KEY])
+        self.fingerprint = metadata[FINGERPRINT_KEY]
+        self.model = metadata.get(MODEL_KEY, "")
+
+    @classmethod
+    def open(cls, uri: str, version: int | str | None = None) -> "EmbeddingTable":
+        """Open the newest version, or the one with this number or tag.
+
+        Raises:
+            InputError: no table there, no such version, nothing published yet, not a table of ours.
+        """
+        table = cls.find(uri)
+        if table is None:
+            raise InputError(f"there is no table at {uri}; `nightloom embed SOURCE {uri}` makes one")
+        if version is None:
+            return table
+        if version == PUBLISHED and table.published_version() is None:
+            raise InputError(f"nothing is published in {uri} yet; the run that fills it has not finished: run it again")
+        try:
+            return cls(uri, table.dataset.checkout_version(version))
+        except (ValueError, OSError) as error:
+            raise InputError(f"{uri} has no version {version!r} ({reason(error)})") from None
+
+    @classmethod
+    def find(cls, uri: str) -> "EmbeddingTable | None":
+        """The newest version of the table, or None where there is none.
+
+        Raises:
+            InputError: the place cannot be read, or holds something else.
+        """
+        try:
+            return cls(uri, lance.dataset(os.path.expanduser(uri), storage_options=storage.lance_options(uri)))
+        except InputError:
+            raise
+        except (ValueError, OSError) as error:
+            if "not found" not in str(error).lower():
+                raise InputError(f"the table {uri} cannot be opened: {reason(error)}") from None
+        if holds_files(uri):
+            raise InputError(f"{uri} holds files but no table; name a place that is empty or does not exist yet")
+        return None
+
+    @classmethod
+    def create(cls, uri: str, recipe: Recipe, *, model: str, carried: Sequence[pa.Field] = ()) -> "EmbeddingTable":
+        """Make an empty table.
+
+        Raises:
+            InputError: another run made it in the meantime, or the place cannot be written.
+        """
+        recipe = recipe.settled()
+        metadata = {RECIPE_KEY: recipe.to_json(), FINGERPRINT_KEY: recipe.fingerprint(), MODEL_KEY: model}
+        schema = table_schema(recipe.dim, recipe.vector_type, carried).with_metadata(metadata)
+        options = storage.lance_options(uri)
+        try:
+            dataset = lance.write_dataset(
+                schema.empty_table(), os.path.expanduser(uri), mode="create", storage_options=options
+            )
+        except OSError as error:
+            raise InputError(f"the table {uri} cannot be made: {reason(error)}") from None
+        return cls(uri, dataset)
+
+    @property
+    def version(self) -> int:
+        return self.dataset.version
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.dataset.schema
+
+    @property
+    def carried(self) -> list[str]:
+        """Names of the source columns that are carried along."""
+        names = self.schema.names
+        return names[names.index("vector") + 1 :]
+
+    def require(self, recipe: Recipe) -> None:
+        """Refuse to mix vectors of two recipes.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        if self.fingerprint != recipe.fingerprint():
+            differs = "; ".join(self.recipe.difference(recipe)) or "its fingerprint"
+            raise InputError(
+                f"the table {self.uri} was written under another recipe ({differs}): "
+                "use the settings it was written with, or name a new table"
+            )
+
+    def keys(self) -> Keys:
+        """The documents of this version. Reads two columns, one fragment after the other."""
+        ids, hashes, fragments = [], [], []
+        for fragment in self.dataset.get_fragments():
+            rows = fragment.to_table(columns=["document_id", "text_hash"])
+            # Rows of one document share id and hash: hash one of them, vectorised up to there.
+            codes = rows["document_id"].combine_chunks().dictionary_encode()
+            _, first = np.unique(codes.indices.to_numpy(), return_index=True)
+            unique = hash_ids(codes.dictionary)
+            ids.append(unique)
+            hashes.append(as_keys(rows["text_hash"])[first])
+            fragments.append(np.full(len(unique), fragment.fragment_id, dtype=np.int64))
+        if not ids:
+            return Keys.empty()
+        all_ids = np.concatenate(ids)
+        order = np.argsort(all_ids, kind="stable")
+        return Keys(all_ids[order], np.concatenate(hashes)[order], np.concatenate(fragments)[order])
+
+    def commit(self, added: Iterable[str], removed: np.ndarray, keys: Keys, *, run: str) -> int:
+        """Add fragments and remove documents in one transaction; both happen or neither does.
+
+        Args:
+            added: what `write_fragment` returned.
+            removed: S16 id hashes of documents whose rows in earlier fragments go (changed or deleted ones).
+            keys: the keys of the version that the run began with.
+
+        Returns:
+            The new version, or the current one when there is nothing to do.
+
+        Raises:
+            InputError: another run has written to the table since it was opened; nothing of this call stays in it.
+        """
+        if self.dataset.latest_version != self.version:
+            raise self._conflict()
+        new = [FragmentMetadata.from_json(text) for text in added]
+        gone, updated = self._without(removed, keys.fragments_of(removed)) if len(removed) else ([], [])
+        if not (new or gone or updated):
+            return self.version
+        operation = lance.LanceOperation.Update(removed_fragment_ids=gone, updated_fragments=updated, new_fragments=new)
+        before = self.version
+        after = self._transact(operation, run)
+        if after.version != before + 1:
+            # Lance lets two appends pass side by side. The other run's rows stay, ours go again.
+            files = {file.path for fragment in new for file in fragment.files}
+            ours = [
+                f.fragment_id for f in after.get_fragments() if any(file.path in files for file in f.metadata.files)
+            ]
+            self.dataset = after
+            self._transact(lance.LanceOperation.Update(removed_fragment_ids=ours), run)
+            raise self._conflict()
+        self.dataset = after
+        return after.version
+
+    def _transact(self, operation: Any, run: str) -> lance.LanceDataset:
+        transaction = lance.Transaction(
+            read_version=self.dataset.version, operation=operation, transaction_properties={RUN_KEY: run}
+        )
+        try:
+            options = storage.lance_options(self.uri)
+            return lance.LanceDataset.commit(self.dataset, transaction, storage_options=options)
+        except OSError as error:
+            if "conflict" in str(error).lower():
+                raise self._conflict() from None
+            raise
+
+    def _conflict(self) -> InputError:
+        return InputError(f"another run is writing to {self.uri}; let it finish, then run again")
+
+    def _without(self, removed: np.ndarray, fragment_ids: set[int]) -> tuple[list[int], list[FragmentMetadata]]:
+        """Delete documents from fragments; (ids of fragments with no row left, metadata of those with some left)."""
+        removed = np.sort(removed)
+        gone, updated = [], []
+        for fragment in self.dataset.get_fragments():
+            if fragment.fragment_id not in fragment_ids:
+                continue
+            rows = fragment.scanner(columns=["document_id"], with_row_address=True).to_table()
+            addresses = rows["_rowaddr"].to_numpy()[is_among(hash_ids(rows["document_id"]), removed)]
+            if not len(addresses):
+                continue
+            if len(addresses) == len(rows):
+                gone.append(fragment.fragment_id)
+                continue
+            left = fragment.delete(f"_rowaddr IN ({','.join(map(str, addresses.tolist()))})")
+            updated.append(left)
+        return gone, updated
+
+    def published_version(self) -> int | None:
+        """The version that readers see, or None before the first run has finished."""
+        tag = self.dataset.tags.list().get(PUBLISHED)
+        return None if tag is None else tag["version"]
+
+    def publish(self) -> int:
+        """Let readers see this version."""
+        if self.published_version() is None:
+            self.dataset.tags.create(PUBLISHED, self.version)
+        else:
+            self.dataset.tags.update(PUBLISHED, self.version)
+        return self.version
+
+    def search(self, vector: np.ndarray, k: int) -> pa.Table:
+        """The `k` rows nearest to a vector by cosine, best first; exact, every row is compared.
+
+        Args:
+            vector: float of shape (dim,), of any length.
+
+        Returns:
+            The table's columns but the vector, and `score` (float32, the cosine). Ties stand in the order of ids.
+        """
+        columns = [name for name in self.schema.names if name != "vector"]
+        kind = self.schema.field("vector").type.value_type
+        if pa.types.is_floating(kind):
+            query = {
+                "column": "vector",
+                "q": vector.astype(kind.to_pandas_dtype()),
+                "k": k,
+                "metric": "cosine",
+                "use_index": False,
+            }
+            found = self.dataset.scanner(columns=[*columns, "_distance"], nearest=query).to_table()
+            scores = np.clip(1 - found["_distance"].to_numpy(), -1, 1)
+            found = found.drop_columns("_distance").append_column("score", pa.array(scores, pa.float32()))
+        else:  # Lance compares floats only
+            found = self._scan_nearest(vector, k, columns)
+        return found.sort_by([("score", "descending"), ("document_id", "ascending"), ("chunk", "ascending")])
+
+    def _scan_nearest(self, vector: np.ndarray, k: int, columns: list[str]) -> pa.Table:
+        query = (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
+        best = self.schema.empty_table().select(columns).append_column("score", pa.array([], pa.float32()))
+        for batch in self.dataset.to_batches(columns=[*columns, "vector"]):
+            rows = batch.column("vector").flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
+            rows = rows.astype(np.float32)
+            scores = rows @ query / np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
+            part = pa.Table.from_batches([batch]).select(columns).append_column("score", pa.array(scores))
+            best = pa.concat_tables([best, part]).sort_by([("score", "descending")])[:k]
+        return best
+
+    def count_documents(self) -> int:
+        return len(np.unique(self.keys().ids))
+
+
+def write_fragment(uri: str, rows: pa.Table, run: str) -> str:
+    """Write finished rows (without the column `run`) as one fragment of the table; runs on any worker.
+
+    Returns:
+        The fragment as JSON, for `EmbeddingTable.commit`. Until then the file counts for nothing.
+    """
+    dataset = lance.dataset(uri, storage_options=storage.lance_options(uri))
+    schema = dataset.schema
+    rows = rows.append_column("run", pa.array([run] * len(rows), pa.string()))
+    rows = pa.table({field.name: rows[field.name].cast(field.type) for field in schema}, schema=schema)
+    # One call, one fragment: a document must not be split over two files of which only one may survive.
+    fragments = write_fragments(rows, dataset, mode="append", max_rows_per_file=2**31 - 1)
+    if len(fragments) != 1:
+        raise RuntimeError(f"{len(rows)} rows became {len(fragments)} fragments of {uri}")
+    return json.dumps(fragments[0].to_json())
+
+
+def holds_files(uri: str) -> bool:
+    """Whether anything lies at this place."""
+    files, path = storage.filesystem(uri)
+    info = files.get_file_info(path)
+    if info.type != pa.fs.FileType.Directory:
+        return info.type == pa.fs.FileType.File
+    return bool(files.get_file_info(pa.fs.FileSelector(path)))
+
+
+def first_line_of(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def reason(error: Exception) -> str:
+    """A library's message without the places in its source that Lance appends."""
+    words = [part for part in first_line_of(str(error)).split(", ") if ".rs:" not in part]
+    return ", ".join(words) or type(error).__name__

@@ -1,0 +1,180 @@
+"""`embed` end to end on a real Ray: first, second and changed nights; duplicates; a run killed in the middle."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.configuration import EmbedConfiguration, load
+from jobs.embed import run_embed
+from jobs.report import read_records
+from model.errors import InputError
+from pipeline.table import PUBLISHED, EmbeddingTable
+
+ROOT = Path(__file__).resolve().parent.parent
+SENTENCE = "the quick brown fox jumps over a lazy dog while vectors are embedded every night in long documents"
+WORDS = SENTENCE.split()
+
+
+def text_of(number: int, words: int) -> str:
+    draw = np.random.default_rng(number)
+    return f"Document {number}. " + " ".join(draw.choice(WORDS, words)) + "."
+
+
+def write_corpus(folder: Path, count: int, words: int = 30) -> None:
+    """Text files and a Parquet file, half each."""
+    folder.mkdir(exist_ok=True)
+    half = count // 2
+    for number in range(half):
+        (folder / f"{number:03}.txt").write_text(text_of(number, words))
+    numbers = range(half, count)
+    table = {"id": [f"row-{n}" for n in numbers], "text": [text_of(n, words) for n in numbers], "n": list(numbers)}
+    pq.write_table(pa.table(table), folder / "more.parquet")
+
+
+def configured(source: Path, table: Path, model: Path, *sets: str, **given) -> EmbedConfiguration:
+    names = {"source": str(source), "table": str(table), "model": str(model)}
+    return load(EmbedConfiguration, file=None, sets=["vectors.dtype=float32", *sets], given=names | given)
+
+
+def vectors(table: Path, version: str | None = PUBLISHED) -> dict[tuple[str, int], np.ndarray]:
+    """{(document, chunk): vector}; a row that is there twice fails."""
+    rows = lance.dataset(str(table), version=version).to_table(columns=["document_id", "chunk", "vector"]).to_pylist()
+    found = {(row["document_id"], row["chunk"]): np.array(row["vector"]) for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def assert_same(left: dict, right: dict) -> None:
+    assert sorted(left) == sorted(right)
+    for key, vector in left.items():
+        np.testing.assert_allclose(vector, right[key], atol=2e-5, err_msg=str(key))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_nights(tmp_path, tiny_model_folder):
+    source, table = tmp_path / "corpus", tmp_path / "table.lance"
+    write_corpus(source, 40)
+    (source / "empty.md").write_text(" \n\t")
+    (source / "again.jsonl").write_text('{"id": "001.txt", "text": "a second document of this name"}\nno JSON\n')
+    configuration = configured(source, table, tiny_model_folder, "compute.block_chars=1000")
+
+    first = run_embed(configuration)
+    assert (first.status, first.read, first.embedded, first.empty) == ("published", 43, 40, 1)
+    assert (first.duplicate, first.dead) == (1, 1)
+    assert first.tokens > 40 * 30
+    assert first.padding == 0
+    before = vectors(table)
+    assert len(before) == first.chunks == 40
+    assert all(abs(np.linalg.norm(vector) - 1) < 1e-5 for vector in before.values())
+
+    second = run_embed(configuration)
+    assert (second.status, second.version, second.embedded, second.unchanged) == ("unchanged", first.version, 0, 40)
+    assert second.tokens == 0
+
+    (source / "003.txt").write_text("changed")
+    (source / "004.txt").write_text("")
+    (source / "005.txt").unlink()
+    (source / "new.txt").write_text("new")
+    third = run_embed(configuration)
+    assert (third.embedded, third.unchanged, third.empty, third.deleted) == (2, 37, 2, 1)
+    after = vectors(table)
+    assert sorted({name for name, _ in set(before) ^ set(after)}) == ["004.txt", "new.txt"]
+    changed = {key for key in set(before) & set(after) if not np.array_equal(before[key], after[key])}
+    assert {name for name, _ in changed} == {"003.txt"}
+
+    fourth = run_embed(configured(source, table, tiny_model_folder, delete_missing=True))
+    assert (fourth.status, fourth.embedded, fourth.deleted) == ("published", 0, 1)
+    assert "005.txt" not in {name for name, _ in vectors(table)}
+
+    records = read_records(str(table))
+    assert [record["status"] for record in records] == ["published", "unchanged", "published", "published"]
+    assert records[0]["configuration"]["compute"]["block_chars"] == 1000
+    assert records[0]["report"]["embedded"] == 40
+    assert [(row["source"], row["stage"]) for row in records[0]["dead"]] == [(str(source / "again.jsonl"), "read")]
+    runs = set(lance.dataset(str(table)).to_table(columns=["run"])["run"].to_pylist())
+    assert runs == {records[0]["run"], records[2]["run"]}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_chunks_carried_columns_and_long_documents(tmp_path, tiny_model_folder):
+    source, table = tmp_path / "corpus", tmp_path / "table.lance"
+    source.mkdir()
+    texts = [text_of(1, 5), text_of(2, 900)]
+    pq.write_table(pa.table({"body": texts, "key": ["short", "long"], "year": [1, 2]}), source / "a.parquet")
+    sets = ["columns.text=body", "columns.id=key", "columns.carry=year", "chunking.granularity=both"]
+    configuration = configured(source, table, tiny_model_folder, *sets, "chunking.chunk_tokens=64")
+    report = run_embed(configuration)
+    rows = lance.dataset(str(table)).to_table().to_pylist()
+    assert (report.embedded, report.chunks, report.truncated_tokens) == (2, len(rows), 0)
+    assert {(row["document_id"], row["year"]) for row in rows} == {("short", 1), ("long", 2)}
+    whole = {row["document_id"]: row for row in rows if row["chunk"] == -1}
+    assert (whole["long"]["char_start"], whole["long"]["char_end"]) == (0, len(texts[1]))
+    assert sum(row["document_id"] == "long" for row in rows) > 10
+    with pytest.raises(InputError, match=r"carries the columns year, .* asks for none"):
+        run_embed(configured(source, table, tiny_model_folder, *sets[:2], sets[3], "chunking.chunk_tokens=64"))
+    with pytest.raises(InputError, match=r"another recipe \(chunk_tokens: 64 -> 32\)"):
+        run_embed(configured(source, table, tiny_model_folder, *sets, "chunking.chunk_tokens=32"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_two_actors_give_the_same_table(tmp_path, tiny_model_folder):
+    write_corpus(tmp_path / "corpus", 20)
+    for actors in (1, 2):
+        table = tmp_path / f"{actors}.lance"
+        run_embed(
+            configured(
+                tmp_path / "corpus", table, tiny_model_folder, f"compute.actors={actors}", "compute.block_chars=500"
+            )
+        )
+    assert_same(vectors(tmp_path / "1.lance"), vectors(tmp_path / "2.lance"))
+    with pytest.raises(InputError, match="actors is 3, this session has room for 2"):
+        run_embed(configured(tmp_path / "corpus", tmp_path / "3.lance", tiny_model_folder, "compute.actors=3"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_corpus_without_a_document_to_embed(tmp_path, tiny_model_folder):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("  ")
+    report = run_embed(configured(tmp_path / "corpus", tmp_path / "table.lance", tiny_model_folder))
+    assert (report.read, report.empty, report.embedded, report.status) == (1, 1, 0, "published")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_killed_run_is_taken_up(tmp_path, tiny_model_folder):
+    """SIGKILL to the driver between commits: the next run does the rest, and the table is as if nothing had been."""
+    source, table = tmp_path / "corpus", tmp_path / "table.lance"
+    write_corpus(source, 30, words=400)
+    sets = ["compute.block_chars=2000", "compute.commit_every_s=0"]
+    command = [sys.executable, "-m", "jobs.cli", "embed", str(source), str(table), "--model", str(tiny_model_folder)]
+    for item in ("vectors.dtype=float32", *sets):
+        command += ["--set", item]
+    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and killed.poll() is None:
+        found = EmbeddingTable.find(str(table))
+        if found is not None and found.version >= 4:
+            break
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    killed.stdout.close()
+    killed.stderr.close()
+    half = vectors(table, version=None)
+    assert 0 < len(half) < 30
+    assert EmbeddingTable.open(str(table)).published_version() is None
+    assert [record["status"] for record in read_records(str(table))] == ["running"]
+
+    report = run_embed(configured(source, table, tiny_model_folder))
+    assert report.unchanged >= len(half)
+    assert (report.read, report.embedded + report.unchanged) == (30, 30)
+    run_embed(configured(source, tmp_path / "undisturbed.lance", tiny_model_folder))
+    assert_same(vectors(table), vectors(tmp_path / "undisturbed.lance"))

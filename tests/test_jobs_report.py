@@ -1,0 +1,83 @@
+"""Reports add up or refuse to exist; summaries say what matters; records survive beside the table."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from jobs.report import REPORT_KEYS, EmbedReport, Progress, clock, keep_record, new_run, read_records
+
+REPORT = EmbedReport(
+    job="embed",
+    status="published",
+    table="t",
+    version=3,
+    fingerprint="f" * 32,
+    read=10,
+    embedded=5,
+    unchanged=2,
+    empty=1,
+    duplicate=1,
+    dead=1,
+    deleted=4,
+    chunks=7,
+    tokens=12345,
+    truncated_tokens=0,
+    padding=0.0,
+    seconds=2.5,
+    tokens_per_s=4938.0,
+)
+
+
+def test_report_is_one_json_line_with_the_agreed_keys():
+    assert "\n" not in REPORT.to_json()
+    assert list(json.loads(REPORT.to_json())) == list(REPORT_KEYS)
+    assert ", ".join(REPORT_KEYS) == (
+        "job, status, table, version, fingerprint, read, embedded, unchanged, empty, duplicate, dead, deleted, chunks, "
+        "tokens, truncated_tokens, padding, seconds, tokens_per_s"
+    )
+
+
+@pytest.mark.parametrize("name", ["read", "embedded", "unchanged", "empty", "duplicate", "dead"])
+def test_every_document_must_be_accounted_for(name):
+    with pytest.raises(RuntimeError, match="accounted for"):
+        replace(REPORT, **{name: getattr(REPORT, name) + 1})
+
+
+def test_summary_leads_with_the_outcome():
+    assert REPORT.summary().splitlines()[0] == "5 documents embedded into t, published as version 3."
+    assert "12,345" in REPORT.summary()
+    assert "truncated" not in REPORT.summary()
+    quiet = replace(REPORT, status="unchanged", read=2, embedded=0, empty=0, duplicate=0, dead=0, deleted=0)
+    assert quiet.summary().startswith("Nothing to embed: all 2 documents stand in t as they are.")
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0.04, "0.0 s"), (7.31, "7.3 s"), (754, "12 min 34 s"), (3600 * 5 + 61, "5 h 1 min")]
+)
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_records_are_kept_in_order_and_rewritten(tmp_path):
+    table = str(tmp_path / "table.lance")
+    first, second = new_run(), new_run()
+    assert first < second
+    assert read_records(table) == []
+    keep_record(table, second, {"status": "running"})
+    keep_record(table, first, {"status": "published"})
+    keep_record(table, second, {"status": "published", "report": {"read": 1}})
+    assert [(r["run"], r["status"]) for r in read_records(table)] == [(first, "published"), (second, "published")]
+
+
+def test_progress_lines_where_there_is_no_terminal(capsys):
+    progress = Progress(total_documents=4, total_chars=100)
+    progress.last_line -= progress.EVERY_S
+    with progress:
+        progress.advance(2, 1000, 50)
+        progress.advance(1, 500, 25)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("nightloom: 2 of 4 documents, ")
+    assert " left" in err

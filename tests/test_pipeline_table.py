@@ -1,0 +1,241 @@
+"""The table: fragments count when committed, changed documents are replaced in one step, writers exclude each other."""
+
+import random
+from dataclasses import replace
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pytest
+from test_pipeline_recipe import RECIPE as FULL_RECIPE
+
+from model.errors import InputError
+from pipeline.table import PUBLISHED, EmbeddingTable, Keys, as_keys, hash_ids, is_among, table_schema, write_fragment
+
+RECIPE = replace(FULL_RECIPE, dim=4)
+ODD_IDS = ["it's", 'a "quoted" one', "back\\slash", "nul\x00inside", "trailing nul\x00", "", "\U0001f600", "a\nb", "%_"]
+
+
+def rows(documents: dict[str, str], chunks: int = 2, **carried: list) -> pa.Table:
+    """Finished rows of documents {id: text}, `chunks` rows each; a vector holds the text's length and the chunk."""
+    ids = [name for name in documents for _ in range(chunks)]
+    hashes = hash_ids(pa.array(documents.values(), pa.string()))
+    count = len(ids)
+    values = np.array(
+        [[len(documents[name]), chunk % chunks, 0, 1] for chunk, name in enumerate(ids)], dtype=np.float32
+    )
+    columns = {
+        "document_id": pa.array(ids, pa.string()),
+        "chunk": pa.array(list(range(chunks)) * len(documents), pa.int32()),
+        **{name: pa.array([0] * count, pa.int64()) for name in ("char_start", "char_end", "token_start", "token_end")},
+        "text_hash": pa.array([h for h in hashes.tolist() for _ in range(chunks)], pa.binary(16)),
+        "source": pa.array(["corpus.txt"] * count, pa.string()),
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 4),
+    }
+    return pa.table(columns | {name: pa.array(value) for name, value in carried.items()})
+
+
+def contents(table: EmbeddingTable) -> dict[str, list[tuple[int, float]]]:
+    """{id: [(chunk, length of the text)]} of the newest version."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in lance.dataset(table.uri).to_table().to_pylist():
+        found.setdefault(row["document_id"], []).append((row["chunk"], row["vector"][0]))
+    return {name: sorted(chunks) for name, chunks in found.items()}
+
+
+@pytest.fixture
+def table(tmp_path):
+    return EmbeddingTable.create(str(tmp_path / "table.lance"), RECIPE, model="models/tiny")
+
+
+def apply(table: EmbeddingTable, documents: dict[str, str], removed: list[str], keys: Keys | None = None) -> int:
+    """Write `documents` as one fragment and commit it, replacing and deleting `removed`."""
+    added = [write_fragment(table.uri, rows(documents), "r1")] if documents else []
+    return table.commit(added, hash_ids(pa.array(removed, pa.string())), keys or table.keys(), run="r1")
+
+
+def test_create_open_and_metadata(table):
+    opened = EmbeddingTable.open(table.uri)
+    assert opened.recipe == RECIPE
+    assert opened.fingerprint == RECIPE.fingerprint()
+    assert opened.model == "models/tiny"
+    assert opened.schema.names == table_schema(4, "float32").names
+    assert opened.carried == []
+    assert len(opened.keys().ids) == 0
+
+
+def test_fragments_count_only_when_committed(table):
+    first = write_fragment(table.uri, rows({"a": "one"}), "r1")
+    write_fragment(table.uri, rows({"orphan": "never committed"}), "r1")
+    assert contents(table) == {}
+    version = table.commit([first], hash_ids(pa.array([], pa.string())), table.keys(), run="r1")
+    assert version == table.version == EmbeddingTable.open(table.uri).version
+    assert contents(table) == {"a": [(0, 3.0), (1, 3.0)]}
+    assert table.dataset.read_transaction(version).transaction_properties["nightloom.run"] == "r1"
+
+
+def test_changed_documents_are_replaced_in_one_version(table):
+    texts = {name: "x" * (i + 1) for i, name in enumerate(ODD_IDS)}
+    apply(table, texts, [])
+    before = table.version
+    changed = dict.fromkeys(ODD_IDS[::2], "longer" * 5)
+    assert apply(table, changed, list(changed)) == before + 1
+    assert contents(table) == {
+        name: [(c, float(len(text))) for c in (0, 1)] for name, text in (texts | changed).items()
+    }
+    # Again, on fragments that already carry deletions; then every row of a fragment.
+    apply(table, {}, ODD_IDS[:3])
+    apply(table, {}, ODD_IDS)
+    assert contents(table) == {}
+
+
+def test_keys_say_what_is_unchanged(table):
+    texts = {name: f"text of {name}" for name in ODD_IDS}
+    apply(table, {name: texts[name] for name in ODD_IDS[:4]}, [])
+    apply(table, {name: texts[name] for name in ODD_IDS[4:]}, [])
+    keys = EmbeddingTable.open(table.uri).keys()
+    ids = hash_ids(pa.array([*ODD_IDS, "new"], pa.string()))
+    hashes = hash_ids(pa.array([*texts.values(), "text"], pa.string()))
+    assert keys.known(ids).tolist() == [True] * len(ODD_IDS) + [False]
+    assert keys.unchanged(ids, hashes).tolist() == [True] * len(ODD_IDS) + [False]
+    assert not keys.unchanged(ids, np.roll(hashes, 1)).any()
+    assert not Keys.empty().known(ids).any()
+    assert not Keys.empty().unchanged(ids, hashes).any()
+
+
+def test_removal_reaches_a_document_whose_chunks_lie_in_two_fragments(table):
+    whole = rows({"a": "text", "b": "text!"}, chunks=4)
+    added = [write_fragment(table.uri, part, "r1") for part in (whole[:3], whole[3:])]  # as compaction may leave it
+    table.commit(added, hash_ids(pa.array([], pa.string())), Keys.empty(), run="r1")
+    assert apply(table, {"a": "new text"}, ["a"], EmbeddingTable.open(table.uri).keys()) == table.version
+    assert contents(table) == {"a": [(0, 8.0), (1, 8.0)], "b": [(c, 5.0) for c in range(4)]}
+
+
+def test_random_nights_against_a_dictionary(table):
+    draw = random.Random(7)
+    expected: dict[str, str] = {}
+    for night in range(8):
+        keys = table.keys()
+        changed = {str(draw.randrange(60)): "y" * draw.randrange(1, 50) for _ in range(draw.randrange(20))}
+        deleted = draw.sample(sorted(expected), k=min(len(expected), draw.randrange(6)))
+        old = [name for name in changed if name in expected]
+        changed = {name: text for name, text in changed.items() if name not in deleted}
+        apply(table, changed, [*old, *deleted], keys)
+        expected = {name: text for name, text in (expected | changed).items() if name not in deleted}
+        assert contents(table) == {name: [(c, float(len(text))) for c in (0, 1)] for name, text in expected.items()}, (
+            night
+        )
+        assert sorted(set(table.keys().ids)) == sorted(hash_ids(pa.array(expected, pa.string())).tolist())
+
+
+def test_publish_moves_the_tag(table):
+    assert table.published_version() is None
+    with pytest.raises(InputError, match="nothing is published"):
+        EmbeddingTable.open(table.uri, PUBLISHED)
+    apply(table, {"a": "one"}, [])
+    table.publish()
+    apply(table, {"b": "two"}, [])
+    assert EmbeddingTable.open(table.uri, PUBLISHED).dataset.count_rows() == 2
+    assert EmbeddingTable.open(table.uri).dataset.count_rows() == 4
+    table.publish()
+    assert EmbeddingTable.open(table.uri, PUBLISHED).dataset.count_rows() == 4
+    with pytest.raises(InputError, match="has no version 99"):
+        EmbeddingTable.open(table.uri, 99)
+
+
+def test_second_writer_is_stopped_and_leaves_nothing(table):
+    other = EmbeddingTable.open(table.uri)
+    apply(table, {"a": "one"}, [])
+    with pytest.raises(InputError, match="another run is writing"):
+        apply(other, {"a": "one"}, [])
+    assert contents(table) == {"a": [(0, 3.0), (1, 3.0)]}
+
+
+def test_side_by_side_appends_are_undone(table):
+    other = EmbeddingTable.open(table.uri)
+
+    def late_fragments():
+        # The race that a look at the version beforehand cannot see: the other run commits after that look.
+        yield write_fragment(table.uri, rows({"a": "one", "b": "two"}), "r2")
+        apply(table, {"a": "one"}, [])
+
+    with pytest.raises(InputError, match="another run is writing"):
+        other.commit(late_fragments(), hash_ids(pa.array([], pa.string())), Keys.empty(), run="r2")
+    assert contents(table) == {"a": [(0, 3.0), (1, 3.0)]}
+
+
+def test_other_recipe_is_refused_by_name(table):
+    table.require(replace(RECIPE))
+    with pytest.raises(InputError, match=r"another recipe \(pooling: 'mean' -> 'cls'; dim: 4 -> 8\)"):
+        table.require(replace(RECIPE, pooling="cls", dim=8))
+
+
+@pytest.mark.parametrize("vector_type", ["float32", "float16", "int8"])
+def test_vector_types_and_carried_columns(tmp_path, vector_type):
+    carried = [pa.field("title", pa.string()), pa.field("year", pa.int32())]
+    recipe = replace(RECIPE, vector_type=vector_type)
+    table = EmbeddingTable.create(str(tmp_path / "t"), recipe, model="m", carried=carried)
+    given = rows({"a": "one"}, chunks=1, title=["A"], year=[1999])
+    given = given.set_column(8, "vector", given["vector"].cast(table.schema.field("vector").type))
+    table.commit([write_fragment(table.uri, given, "r1")], hash_ids(pa.array([], pa.string())), Keys.empty(), run="r1")
+    row = table.dataset.to_table().to_pylist()[0]
+    assert (row["title"], row["year"], row["run"], row["vector"]) == ("A", 1999, "r1", [3, 0, 0, 1])
+    assert EmbeddingTable.open(table.uri).carried == ["title", "year"]
+
+
+@pytest.mark.parametrize("vector_type", ["float32", "float16", "int8"])
+def test_search_is_exact(tmp_path, vector_type):
+    table = EmbeddingTable.create(str(tmp_path / "t"), replace(RECIPE, vector_type=vector_type), model="m")
+    values = np.random.default_rng(5).integers(-100, 100, (60, 4)).astype(np.float32)
+    for part in (range(25), range(25, 60)):
+        given = rows({f"{i:03}": "x" for i in part}, chunks=1)
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(values[part.start : part.stop].reshape(-1)), 4)
+        given = given.set_column(8, "vector", vectors.cast(table.schema.field("vector").type))
+        table.commit(
+            [write_fragment(table.uri, given, "r1")], hash_ids(pa.array([], pa.string())), Keys.empty(), run="r"
+        )
+    table.commit([], hash_ids(pa.array(["003"])), table.keys(), run="r")
+    query = np.array([3.0, -2.0, 0.5, 1.0], dtype=np.float32)
+    cosines = values @ query / np.linalg.norm(values, axis=1) / np.linalg.norm(query)
+    cosines[3] = -2
+    expected = np.argsort(-cosines, kind="stable")[:7]
+    found = table.search(query, 7)
+    assert found["document_id"].to_pylist() == [f"{i:03}" for i in expected]
+    tolerance = 2e-3 if vector_type == "float16" else 1e-5
+    np.testing.assert_allclose(found["score"].to_numpy(), cosines[expected], atol=tolerance)
+    assert len(table.search(query, 100)) == 59
+
+
+def test_carried_column_with_a_name_of_ours():
+    with pytest.raises(InputError, match="'source' cannot be carried"):
+        table_schema(4, "float32", [pa.field("source", pa.string())])
+
+
+def test_places_that_are_no_table(tmp_path):
+    missing = str(tmp_path / "missing")
+    assert EmbeddingTable.find(missing) is None
+    with pytest.raises(InputError, match="there is no table at"):
+        EmbeddingTable.open(missing)
+    (tmp_path / "letters").mkdir()
+    assert EmbeddingTable.find(str(tmp_path / "letters")) is None
+    (tmp_path / "letters" / "a.txt").write_text("dear")
+    with pytest.raises(InputError, match="holds files but no table"):
+        EmbeddingTable.find(str(tmp_path / "letters"))
+    lance.write_dataset(pa.table({"a": [1]}), str(tmp_path / "foreign"))
+    with pytest.raises(InputError, match="without a recipe"):
+        EmbeddingTable.find(str(tmp_path / "foreign"))
+    EmbeddingTable.create(missing, RECIPE, model="m")
+    with pytest.raises(InputError, match="cannot be made"):
+        EmbeddingTable.create(missing, RECIPE, model="m")
+
+
+def test_hashes_compare_as_bytes():
+    draw = random.Random(3)
+    raw = [bytes(draw.choice((0, 1, 255)) for _ in range(16)) for _ in range(300)]
+    column = pa.array(raw, pa.binary(16))
+    keys = as_keys(column)
+    assert [k.ljust(16, b"\0") for k in np.sort(keys).tolist()] == sorted(raw)
+    assert [k.ljust(16, b"\0") for k in as_keys(column[7:9]).tolist()] == raw[7:9]
+    known = np.sort(keys[:150])
+    assert is_among(keys, known).tolist() == [value in set(raw[:150]) for value in raw]
+    assert not is_among(keys, known[:0]).any()
