@@ -6,6 +6,7 @@ nor torch is started.
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from jobs.plan import (
 )
 from jobs.report import EmbedReport, Progress, keep_record, new_run
 from model.errors import InputError
-from pipeline.apply import Applied, Workers, apply
+from pipeline.apply import Applied, Job, Workers, apply
 from pipeline.table import EmbeddingTable
 
 log = logging.getLogger(__name__)
@@ -48,76 +49,103 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
     files = list_corpus(configuration)
     model = read_model(configuration)
     table = open_table(configuration, model)
-    address = configuration.compute.address
-    cpus = local_cpus(configuration.compute.actors or 1)
-    if table is not None and is_small(files):
-        corpus = survey_corpus(configuration, files, table, in_process=True)
-        if not corpus.plan.work:
-            return finish(configuration, corpus, table, Applied(), started, new_run())
-        with session(address, num_cpus=cpus):
-            return embed(configuration, model, corpus, table, started)
-    # In this order, and in one thread: Ray starts its workers while the survey runs here, and a process that forks (Ray
-    # does, to start itself) while another of its threads imports torch can hang.
-    with session(address, num_cpus=cpus):
-        corpus = survey_corpus(configuration, files, table, in_process=is_small(files))
-        return embed(configuration, model, corpus, table, started)
-
-
-def embed(
-    configuration: EmbedConfiguration, model: Model, corpus: Corpus, table: EmbeddingTable | None, started: float
-) -> EmbedReport:
-    """Apply the plan within a Ray session, publish, report."""
     run = new_run()
-    device = choose_device(configuration.compute.device)
-    vectors = configuration.vectors
-    if table is None:
-        dtype = vectors.dtype if vectors.dtype != "auto" else dtype_of_workers(configuration.compute.address, device)
-        recipe = make_recipe(model, dtype=dtype, vector_type=vectors.type)
-        table = EmbeddingTable.create(
-            configuration.table, recipe, model=lasting_name(configuration.model), carried=carried_fields(corpus)
-        )
-    keep_record(table.uri, run, record(configuration, table, "running"))
-    applied = Applied()
-    if corpus.plan.work:
-        with Progress(len(corpus.plan.embedded), corpus.plan.chars) as progress:
-            applied = apply(
-                corpus.plan,
-                table,
-                corpus.keys,
-                run=run,
-                columns=corpus.columns,
-                chunking=model.chunking,
-                prompt=model.prompt,
-                embedding={
-                    "model_path": model.path,
-                    "dtype": table.recipe.dtype,
-                    "normalize": model.normalize,
-                    "truncate_dim": model.dim,
-                    "vector_type": vectors.type,
-                },
-                workers=plan_workers(configuration, device),
-                commit_every_s=configuration.compute.commit_every_s,
-                advance=progress.advance,
-            )
-    return finish(configuration, corpus, table, applied, started, run)
+    with Session(configuration) as ray_session:
+        # In this order, and in one thread: Ray starts its workers while the survey runs here, and a process that forks
+        # (Ray does, to start itself) while another of its threads imports torch can hang.
+        if table is None or not is_small(files):
+            ray_session.start()
+        corpus = survey_corpus(configuration, files, table, in_process=is_small(files))
+        if corpus.plan.work or table is None:
+            ray_session.start()
+        if table is None:
+            table = create_table(configuration, model, corpus)
+        keep_record(table.uri, run, record(configuration, table, "running"))
+        applied = embed_documents(configuration, model, corpus, table, run)
+        table.commit([], corpus.plan.deleted, corpus.keys, run=run)
+        status = publish(table)
+    report = make_report(corpus, table, applied, status, time.monotonic() - started)
+    kept = {
+        **record(configuration, table, status),
+        "report": asdict(report),
+        "encoder_s": round(applied.encoder_s, 3),
+        "commits": applied.commits,
+        "dead": (corpus.plan.dead + applied.dead)[:MOST_DEAD_KEPT],
+    }
+    keep_record(table.uri, run, kept)
+    return report
 
 
-def finish(
-    configuration: EmbedConfiguration,
-    corpus: Corpus,
-    table: EmbeddingTable,
-    applied: Applied,
-    started: float,
-    run: str,
-) -> EmbedReport:
-    """Remove what is to be removed, move the tag, account for every document, keep the record."""
-    plan, counts = corpus.plan, corpus.plan.counts
-    table.commit([], plan.deleted, corpus.keys, run=run)
-    status = "unchanged" if table.published_version() == table.version else "published"
-    if status == "published":
-        table.publish()
-    seconds = time.monotonic() - started
-    report = EmbedReport(
+class Session:
+    """Ray for as long as the block lasts, from the first `start` on: a run that finds nothing to do needs none."""
+
+    def __init__(self, configuration: EmbedConfiguration) -> None:
+        self.compute = configuration.compute
+        self.resources = ExitStack()
+        self.started = False
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.resources.close()
+
+    def start(self) -> None:
+        if not self.started:
+            cpus = local_cpus(self.compute.actors or 1)
+            self.resources.enter_context(session(self.compute.address, num_cpus=cpus))
+            self.started = True
+
+
+def create_table(configuration: EmbedConfiguration, model: Model, corpus: Corpus) -> EmbeddingTable:
+    """The empty table of a first run. Needs a Ray session, which knows what the vectors' precision is to be."""
+    compute, vectors = configuration.compute, configuration.vectors
+    device = choose_device(compute.device)
+    dtype = vectors.dtype if vectors.dtype != "auto" else dtype_of_workers(compute.address, device)
+    recipe = make_recipe(model, dtype=dtype, vector_type=vectors.type)
+    return EmbeddingTable.create(
+        configuration.table, recipe, model=lasting_name(configuration.model), carried=carried_fields(corpus)
+    )
+
+
+def embed_documents(
+    configuration: EmbedConfiguration, model: Model, corpus: Corpus, table: EmbeddingTable, run: str
+) -> Applied:
+    """Embed and commit what the plan says. Needs a Ray session if there is anything to embed."""
+    if not corpus.plan.work:
+        return Applied()
+    job = Job(
+        uri=table.uri,
+        run=run,
+        columns=corpus.columns,
+        chunking=model.chunking,
+        prompt=model.prompt,
+        embedding={
+            "model_path": model.path,
+            "dtype": table.recipe.dtype,
+            "normalize": model.normalize,
+            "truncate_dim": model.dim,
+            "vector_type": table.recipe.vector_type,
+        },
+        workers=plan_workers(configuration, choose_device(configuration.compute.device)),
+        commit_every_s=configuration.compute.commit_every_s,
+    )
+    with Progress(len(corpus.plan.embedded), corpus.plan.chars) as progress:
+        return apply(job, corpus.plan, table, corpus.keys, advance=progress.advance)
+
+
+def publish(table: EmbeddingTable) -> str:
+    """Move the tag to this version; the status of the run."""
+    if table.published_version() == table.version:
+        return "unchanged"
+    table.publish()
+    return "published"
+
+
+def make_report(corpus: Corpus, table: EmbeddingTable, applied: Applied, status: str, seconds: float) -> EmbedReport:
+    """Account for every document."""
+    counts = corpus.plan.counts
+    return EmbedReport(
         job="embed",
         status=status,
         table=table.uri,
@@ -129,7 +157,7 @@ def finish(
         empty=counts["empty"],
         duplicate=counts["duplicate"],
         dead=counts["dead"] + applied.missing,
-        deleted=len(plan.deleted),
+        deleted=len(corpus.plan.deleted),
         chunks=applied.chunks,
         tokens=applied.tokens,
         truncated_tokens=applied.truncated_tokens,
@@ -137,15 +165,6 @@ def finish(
         seconds=round(seconds, 3),
         tokens_per_s=round(applied.tokens / max(seconds, 1e-9), 1),
     )
-    kept = {
-        **record(configuration, table, status),
-        "report": asdict(report),
-        "encoder_s": round(applied.encoder_s, 3),
-        "commits": applied.commits,
-        "dead": (plan.dead + applied.dead)[:MOST_DEAD_KEPT],
-    }
-    keep_record(table.uri, run, kept)
-    return report
 
 
 def record(configuration: EmbedConfiguration, table: EmbeddingTable, status: str) -> dict[str, Any]:

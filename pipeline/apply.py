@@ -7,8 +7,11 @@ document's rows must not be cut.
 
 import json
 import logging
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -28,6 +31,9 @@ log = logging.getLogger(__name__)
 CHARS_PER_TASK = 16_000_000
 """Most text that one reading task goes through: small enough that a lost task is soon repeated."""
 
+PAUSE_S = 1.0
+"""How often the driver looks whether a commit is due while no fragment arrives."""
+
 CPUS_OF_READER = 0.75
 """Not the 1 of an actor: Ray Data fuses stages of equal resources, and a fused actor would tokenize while its encoder
 waits, and say nothing before all documents of a reading task are embedded."""
@@ -46,6 +52,23 @@ class Workers:
     tokens_per_batch: int | None
     """Token budget of a forward pass; None leaves it to the device."""
     block_chars: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """How a run embeds: everything that its workers and its driver are told beside the plan."""
+
+    uri: str
+    """The table."""
+    run: str
+    columns: DocumentColumns
+    chunking: ChunkingConfig
+    prompt: str
+    embedding: dict[str, Any]
+    """Arguments of `EmbedStage`."""
+    workers: Workers
+    commit_every_s: float
+    """Longest time that a written fragment waits for its commit."""
 
 
 @dataclass(slots=True)
@@ -116,58 +139,82 @@ class EmbedAndWrite:
 
 
 def apply(
-    plan: Plan,
-    table: EmbeddingTable,
-    keys: Keys,
-    *,
-    run: str,
-    columns: DocumentColumns,
-    chunking: ChunkingConfig,
-    embedding: dict[str, Any],
-    prompt: str,
-    workers: Workers,
-    commit_every_s: float,
-    advance: Callable[[int, int, int], None],
+    job: Job, plan: Plan, table: EmbeddingTable, keys: Keys, *, advance: Callable[[int, int, int], None]
 ) -> Applied:
-    """Embed what the plan says and commit it, at the latest `commit_every_s` after it was written.
+    """Embed what the plan says and commit it, at the latest `job.commit_every_s` after it arrived.
 
-    Needs a Ray session. What was written when something fails is committed before the error goes on.
+    Needs a Ray session. What arrived before something failed is committed before the error goes on.
 
     Args:
-        embedding: arguments of `EmbedStage`.
         advance: called with (documents, tokens, characters) of every fragment that arrives.
 
     Raises:
         InputError: another run writes to the table, or a worker found the model or a source unusable.
     """
-    journal = Journal(table, keys, plan, run)
-    last = time.monotonic()
+    journal = Journal(table, keys, plan, job.run)
+    waiting_since: float | None = None
     try:
-        for row in written_fragments(plan, table.uri, run, columns, chunking, embedding, prompt, workers):
-            journal.add(row)
-            advance(len(row["ids"]) // KEY.itemsize, row["tokens"], row["chars"])
-            if time.monotonic() - last >= commit_every_s:
+        for row in with_pauses(written_fragments(job, plan), PAUSE_S):
+            if row is not None:
+                journal.add(row)
+                advance(len(row["ids"]) // KEY.itemsize, row["tokens"], row["chars"])
+                waiting_since = waiting_since or time.monotonic()
+            if waiting_since and time.monotonic() - waiting_since >= job.commit_every_s:
                 journal.commit()
-                last = time.monotonic()
+                waiting_since = None
     finally:
         journal.commit()
     journal.applied.missing = int((~journal.done).sum())
     return journal.applied
 
 
-def written_fragments(
-    plan: Plan,
-    uri: str,
-    run: str,
-    columns: DocumentColumns,
-    chunking: ChunkingConfig,
-    embedding: dict[str, Any],
-    prompt: str,
-    workers: Workers,
-) -> Iterator[dict[str, Any]]:
+def with_pauses(rows: Iterator[dict[str, Any]], pause_s: float) -> Iterator[dict[str, Any] | None]:
+    """The rows, and None whenever none came for `pause_s` seconds, so that a commit need not wait for the next.
+
+    They are drawn in a thread of their own; what drawing them raises is raised here.
+    """
+    drawn: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue(maxsize=1)
+    left = threading.Event()
+
+    def offer(item: dict[str, Any] | BaseException | None) -> bool:
+        while not left.is_set():
+            with suppress(queue.Full):
+                drawn.put(item, timeout=1)
+                return True
+        return False
+
+    def draw() -> None:
+        end: BaseException | None = None
+        try:
+            for row in rows:
+                if not offer(row):
+                    return
+        except BaseException as error:
+            end = error
+        offer(end)
+
+    threading.Thread(target=draw, name="arrivals", daemon=True).start()
+    try:
+        while True:
+            try:
+                item = drawn.get(timeout=pause_s)
+            except queue.Empty:
+                yield None
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        left.set()
+
+
+def written_fragments(job: Job, plan: Plan) -> Iterator[dict[str, Any]]:
     """The distributed part: yields a row for every fragment as soon as it is written, in any order."""
     import ray
 
+    workers = job.workers
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -185,10 +232,10 @@ def written_fragments(
                 batch_format="pyarrow",
                 num_cpus=CPUS_OF_READER,
                 fn_kwargs={
-                    "columns": columns,
-                    "model": embedding["model_path"],
-                    "chunking": chunking,
-                    "prompt": prompt,
+                    "columns": job.columns,
+                    "model": job.embedding["model_path"],
+                    "chunking": job.chunking,
+                    "prompt": job.prompt,
                     "block_chars": workers.block_chars,
                 },
             )
@@ -198,13 +245,13 @@ def written_fragments(
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers.actors),
                 fn_constructor_kwargs={
-                    "uri": uri,
-                    "run": run,
+                    "uri": job.uri,
+                    "run": job.run,
                     "threads": workers.threads,
                     "device": workers.device,
                     "tokens_per_batch": workers.tokens_per_batch,
-                    "chunking": chunking,
-                    **embedding,
+                    "chunking": job.chunking,
+                    **job.embedding,
                 },
                 num_cpus=1,
                 **gpus,

@@ -1,13 +1,15 @@
 """The journal: what arrives is committed once, in place of what it replaces; the distributed part end to end."""
 
 import json
+import time
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from test_pipeline_table import RECIPE, contents, rows
 
-from pipeline.apply import Journal
+from model.errors import InputError
+from pipeline.apply import Journal, with_pauses
 from pipeline.survey import FileWork, Plan
 from pipeline.table import EmbeddingTable, hash_ids, write_fragment
 
@@ -86,3 +88,20 @@ def test_dead_documents_are_remembered(table):
     kept.add(arrived(table, {}, dead=json.dumps([reason])))
     assert kept.applied.dead == [reason]
     assert not kept.done.any()
+
+
+def test_pauses_between_rows_are_told_and_errors_come_through():
+    def slow():
+        yield {"n": 1}
+        yield {"n": 2}
+        time.sleep(0.5)
+        yield {"n": 3}
+        raise InputError("the end")
+
+    seen = []
+    with pytest.raises(InputError, match="the end"):
+        for row in with_pauses(slow(), 0.05):
+            seen.append(row and row["n"])
+    assert [n for n in seen if n] == [1, 2, 3]
+    assert seen[-1] == 3
+    assert 3 <= seen.count(None) <= 10
