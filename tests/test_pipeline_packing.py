@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import InputError
-from pipeline.packing import fill, gather, look_ahead, plan_bins
+from pipeline.packing import deal_bins, fill, fill_bins, gather, look_ahead, plan_bins
 
 CALM = settings(deadline=None)
 """A busy machine is slow now and then: no test fails for that."""
@@ -76,3 +76,49 @@ def test_gather_is_the_concatenation_of_the_ranges(ranges: list[tuple[int, int]]
     starts, ends = np.array([a for a, _ in ranges], int), np.array([a + n for a, n in ranges], int)
     expected = [v for a, n in ranges for v in values[a : a + n]]
     assert gather(values, starts, ends).tolist() == expected
+
+
+@CALM
+@given(lengths, st.integers(120, 300))
+def test_filled_bins_hold_every_sequence_once_and_no_two_would_go_together(lengths_S: np.ndarray, budget: int) -> None:
+    bins = fill_bins(lengths_S, budget)
+    assert sorted(np.concatenate([[], *bins]).astype(int).tolist()) == list(range(len(lengths_S)))
+    used = [int(lengths_S[chosen].sum()) for chosen in bins]
+    assert max(used, default=0) <= budget
+    assert all(a + b > budget for a, b in itertools.combinations(used, 2))
+
+
+def test_filled_bins_are_almost_as_few_as_there_can_be_and_meet_other_company_in_another_order() -> None:
+    rng = np.random.default_rng(0)
+    lengths_S = np.clip(rng.lognormal(5.5, 1.2, 4000).astype(np.int64), 3, 1024)
+    bins = fill_bins(lengths_S, 1024)
+    assert len(bins) <= 1 + -(-lengths_S.sum() // 1024)
+    assert fill(lengths_S, bins, 1024) > 0.998
+
+    def pairs(bins: list[np.ndarray]) -> set[tuple[int, int]]:
+        return {pair for chosen in bins for pair in itertools.combinations(sorted(chosen.tolist()), 2)}
+
+    order = rng.permutation(len(lengths_S))
+    again = [order[chosen] for chosen in fill_bins(lengths_S[order], 1024)]
+    assert len(pairs(bins) & pairs(again)) < 0.1 * len(pairs(bins))
+    assert [b.tolist() for b in fill_bins(np.array([3, 9, 4, 5, 1]), 10)] == [[1], [2, 3, 4], [0]]
+
+
+@CALM
+@given(st.lists(st.floats(0, 1e9), max_size=40), st.integers(1, 9))
+def test_bins_are_dealt_once_and_evenly(costs: list[float], num_workers: int) -> None:
+    dealt = deal_bins(np.array(costs), num_workers)
+    assert len(dealt) == num_workers
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(len(costs)))
+    counts = [len(bins) for bins in dealt]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_dealt_bins_cost_about_the_same() -> None:
+    """Bins of 8,192 tokens: some hold one long sequence, most hold many short ones."""
+    rng = np.random.default_rng(0)
+    costs = np.where(rng.random(64) < 0.3, 8192.0**2, 8192.0 * rng.integers(100, 1500, 64))
+    totals = [costs[bins].sum() for bins in deal_bins(costs, 8)]
+    assert max(totals) < 1.1 * np.mean(totals), "19 long ones over 8 workers: some have three of them"
+    in_order = [costs[worker::8].sum() for worker in range(8)]
+    assert max(in_order) > 1.2 * np.mean(in_order), "which taking turns does not reach"
