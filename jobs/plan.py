@@ -26,7 +26,8 @@ from model.folder import (
     weights_hash,
 )
 from pipeline.chunks import ChunkingConfig
-from pipeline.documents import DocumentColumns, check_source, document_schema
+from pipeline.columns import DocumentColumns
+from pipeline.documents import check_source, document_schema
 from pipeline.recipe import Recipe
 from pipeline.storage import SourceFile, is_s3, list_sources, local_model
 from pipeline.survey import FileSurvey, Plan, make_plan, read_work, survey_file, work_tables

@@ -48,6 +48,7 @@ class SourceFile:
     size: int
     """Bytes."""
     mtime_ns: int
+    """When it changed last; on a local disk the later of modification and inode change, which nobody can set back."""
     etag: str | None
     """S3's; None on a local disk."""
     format: Format
@@ -228,7 +229,8 @@ def _list_local(source: str) -> Iterable[SourceFile]:
             status = os.stat(name)
         except FileNotFoundError:  # a dangling link
             continue
-        yield SourceFile(name, status.st_size, status.st_mtime_ns, None, kind, relative)
+        changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
+        yield SourceFile(name, status.st_size, changed_ns, None, kind, relative)
 
 
 def _fixed_part(pattern: str) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.documents import DocumentColumns, is_empty, read_documents
+from pipeline.columns import DocumentColumns, is_empty
+from pipeline.documents import read_documents
 from pipeline.storage import SourceFile
 from pipeline.table import KEY, Keys, as_keys, hash_ids, is_among
 

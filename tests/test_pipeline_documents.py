@@ -5,13 +5,15 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from model.errors import InputError
 from pipeline import documents
-from pipeline.documents import DocumentColumns, check_source, document_schema, is_empty, read_documents
+from pipeline.columns import DocumentColumns, is_empty
+from pipeline.documents import check_source, document_schema, read_documents
 from pipeline.storage import SourceFile, list_sources
 
 ONE = DocumentColumns()
@@ -162,9 +164,6 @@ def test_input_errors(tmp_path: Path) -> None:
     assert "bad.parquet cannot be read as Parquet" in error("bad.parquet")
     assert "no field 'text'" in error("y.jsonl")
     assert "z.jsonl.gz cannot be read" in error("z.jsonl.gz")
-    for template in ("{a", "{}", "{a!r}", "{a:3}", "none"):
-        with pytest.raises(InputError):
-            DocumentColumns(template=template).text_columns()
 
 
 def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
@@ -178,3 +177,66 @@ def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
     file = SourceFile(str(path), len(raw), 0, None, "parquet", "x.parquet")
     with pytest.raises(InputError, match=r"x\.parquet cannot be read as Parquet"):
         list(read_documents(file, ONE))
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.jsonl.gz"])
+def test_chosen_rows_are_the_rows_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    texts = [f"text {i} " * (i % 5) for i in range(300)]
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"text": texts, "n": list(range(300))}), tmp_path / name, row_group_size=37)
+    else:
+        lines = "".join(json.dumps({"text": text, "n": i}) + "\n" * (1 + i % 2) for i, text in enumerate(texts))
+        packed = gzip.compress(lines.encode()) if name.endswith("gz") else lines.encode()
+        (tmp_path / name).write_bytes(packed)
+    (file,) = list_sources(str(tmp_path / name))
+    columns = DocumentColumns(carry=("n",))
+    whole = pa.concat_tables(read_documents(file, columns))
+    assert whole["document_id"].to_pylist() == [f"{name}#{i}" for i in range(300)]
+    monkeypatch.setattr(documents, "BYTES_PER_TABLE", 700)
+    for rows in ([], [0], [299], [36, 37, 38], [5, 100, 101, 250], list(range(300))):
+        tables = list(read_documents(file, columns, rows=np.array(rows, np.int64), rows_per_table=16))
+        assert [row for table in tables for row in table.to_pylist()] == whole.take(
+            pa.array(rows, pa.int64())
+        ).to_pylist()
+    # Rows that the file does not have any more are left out.
+    (last,) = read_documents(file, columns, rows=np.array([298, 299, 300, 999]))
+    assert len(last) == 2
+
+
+def test_one_changed_row_reads_one_row_group(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [str(i) * 50 for i in range(5000)]}), tmp_path / "x.parquet", row_group_size=500)
+    meta = pq.read_metadata(tmp_path / "x.parquet")
+    raw = bytearray((tmp_path / "x.parquet").read_bytes())
+    # Everything but the data of the fourth row group is destroyed.
+    column = meta.row_group(3).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    keep, footer = raw[start : start + column.total_compressed_size], len(raw) - meta.serialized_size - 8
+    raw[4:footer] = bytes(footer - 4)
+    raw[start : start + len(keep)] = keep
+    (tmp_path / "x.parquet").write_bytes(raw)
+    (file,) = list_sources(str(tmp_path / "x.parquet"))
+    (table,) = read_documents(file, ONE, rows=np.array([1777]))
+    assert table["text"].to_pylist() == ["1777" * 50]
+
+
+def test_carried_columns_take_the_types_of_the_table(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "n": [7]}), tmp_path / "ints.parquet")
+    pq.write_table(pa.table({"text": ["a"], "n": ["8"]}), tmp_path / "strings.parquet")
+    pq.write_table(pa.table({"text": ["a"], "n": ["no number"]}), tmp_path / "words.parquet")
+    pq.write_table(pa.table({"text": ["a"], "n": [1.5]}), tmp_path / "floats.parquet")
+    pq.write_table(pa.table({"text": ["a"], "n": [[1, 2]]}), tmp_path / "lists.parquet")
+    write_lines(tmp_path / "lines.jsonl", {"text": "a", "n": 9})
+
+    def carried(name: str, kind: pa.DataType) -> pa.Table:
+        (file,) = list_sources(str(tmp_path / name))
+        columns = DocumentColumns(carry=("n",), carry_types=(kind,))
+        check_source(file, columns)
+        (table,) = read_documents(file, columns)
+        assert table.schema == document_schema(file, columns)
+        return table["n"].to_pylist()
+
+    assert [carried(name, pa.int64()) for name in ("ints.parquet", "strings.parquet", "lines.jsonl")] == [[7], [8], [9]]
+    assert [carried(name, pa.string()) for name in ("ints.parquet", "lines.jsonl")] == [["7"], ["9"]]
+    for name, says in (("words", "no number"), ("floats", "1.5"), ("lists", "list<")):
+        with pytest.raises(InputError, match=rf"{name}\.parquet: column 'n' is .*{says}"):
+            carried(f"{name}.parquet", pa.int64())

@@ -14,7 +14,7 @@ from model.embedder import Embedder
 from model.errors import InputError
 from model.folder import load_tokenizer
 from pipeline.chunks import ChunkingConfig, plan_windows
-from pipeline.documents import hash_texts
+from pipeline.columns import hash_texts
 from pipeline.embedding import DEAD_KEY, STATISTICS_KEY, EmbedStage, vector_array
 from pipeline.table import table_schema
 from pipeline.tokens import TokenizeStage

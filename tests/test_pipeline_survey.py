@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.documents import DocumentColumns
+from pipeline.columns import DocumentColumns
 from pipeline.storage import list_sources
 from pipeline.survey import CHANGED, DEAD, EMPTY, NEW, UNCHANGED, make_plan, pieces, read_work, survey_file, work_tables
 from pipeline.table import Keys, hash_ids

@@ -10,7 +10,7 @@ import pytest
 from model.errors import InputError
 from model.folder import load_tokenizer
 from pipeline.chunks import ChunkingConfig
-from pipeline.documents import hash_texts
+from pipeline.columns import hash_texts
 from pipeline.tokens import TokenizeStage, list_array, offsets_of
 
 TEXTS = [
