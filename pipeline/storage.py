@@ -144,8 +144,12 @@ def _arrow_s3(settings: S3Settings) -> pafs.FileSystem:
     return pafs.S3FileSystem(**options)
 
 
-def s3fs_filesystem() -> Any:
-    """An `s3fs.S3FileSystem` under the same settings, without a cache of listings: another process may write."""
+def s3fs_filesystem(**options: Any) -> Any:
+    """An `s3fs.S3FileSystem` under the same settings, without a cache of listings: another process may write.
+
+    Args:
+        options: further arguments of `S3FileSystem`, as `config_kwargs` for timeouts.
+    """
     import s3fs
 
     settings = s3_settings()
@@ -157,6 +161,7 @@ def s3fs_filesystem() -> Any:
         endpoint_url=settings.endpoint,
         client_kwargs=client,
         use_listings_cache=False,
+        **options,
     )
 
 
@@ -275,12 +280,16 @@ def _find_s3(path: str, source: str, *, pattern: bool) -> dict[str, dict[str, An
         raise InputError(f"{source} cannot be listed: {first_words(error)}") from None
 
 
+def cache_folder(kind: str) -> Path:
+    """Where this machine keeps copies of what lies on S3: in $NIGHTLOOM_CACHE, else in ~/.cache/nightloom."""
+    return Path(os.environ.get("NIGHTLOOM_CACHE") or "~/.cache/nightloom").expanduser() / kind
+
+
 def local_model(folder_or_id: str) -> str:
     """A model where this machine can read it: an s3:// folder is copied into a cache, anything else stays as it is.
 
     The copy is named by the names, sizes and ETags of the objects: a model that changes gets a new one, one that did
-    not is not fetched again. Only JSON and safetensors are copied. The cache lies in $NIGHTLOOM_CACHE, else in
-    ~/.cache/nightloom.
+    not is not fetched again. Only JSON and safetensors are copied.
 
     Raises:
         InputError: nothing there, or no permission to read it.
@@ -298,7 +307,7 @@ def local_model(folder_or_id: str) -> str:
         raise InputError(f"{folder_or_id} holds no model: config.json is missing; name the prefix of a model folder")
     described = json.dumps([(n, i["size"], _etag(i)) for n, i in wanted.items()])
     name = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
-    cache = Path(os.environ.get("NIGHTLOOM_CACHE") or "~/.cache/nightloom").expanduser() / "models"
+    cache = cache_folder("models")
     if (cache / name).is_dir():
         return str(cache / name)
     cache.mkdir(parents=True, exist_ok=True)
