@@ -5,12 +5,9 @@ that also removes the old rows of changed documents (`commit`). Readers open the
 only when a run is complete. The table is the only checkpoint: what a killed run did not commit, the next finds missing.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import lance
 import numpy as np
@@ -20,15 +17,23 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from model.errors import InputError
 from pipeline import storage
+from pipeline.keys import KEY as KEY
+from pipeline.keys import Keys, as_keys, hash_ids, is_among
+from pipeline.lease import Lease
 from pipeline.recipe import Recipe
 
 PUBLISHED = "published"
+OWN_FOLDERS = ("_lease", "_runs", "_sources", "_dead.lance", "_canaries")
+"""What we keep in a table's folder beside Lance's files. Lance leaves folders alone that it does not know."""
+KEPT = "published-"
+"""Begins the tags that keep versions which were published: published-12."""
+EVERY_COMMIT = 2**32 - 1
+"""A fragment that never was, which every commit removes: Lance refuses the later of two commits that touch the same
+fragment, and would let two that only add rows pass side by side."""
 RECIPE_KEY, FINGERPRINT_KEY, MODEL_KEY, RUN_KEY = (
     f"nightloom.{name}" for name in ("recipe", "fingerprint", "model", "run")
 )
 VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
-KEY = np.dtype("S16")
-"""128-bit hashes as fixed bytes. numpy compares them like memcmp, because all have the full length."""
 
 
 def table_schema(dim: int, vector_type: str, carried: Sequence[pa.Field] = ()) -> pa.Schema:
@@ -48,57 +53,6 @@ def table_schema(dim: int, vector_type: str, carried: Sequence[pa.Field] = ()) -
     return pa.schema([*columns, *carried])
 
 
-def hash_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """128-bit hashes (S16) of document ids, in their order."""
-    raw = ids.cast(pa.large_binary()).to_pylist()
-    digests = b"".join(hashlib.blake2b(value, digest_size=16).digest() for value in raw)
-    return np.frombuffer(digests, dtype=KEY)
-
-
-def as_keys(hashes: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """A `fixed_size_binary[16]` column without nulls as a numpy array of S16."""
-    array = hashes.combine_chunks() if isinstance(hashes, pa.ChunkedArray) else hashes
-    return np.frombuffer(array.buffers()[1], dtype=KEY, count=len(array), offset=array.offset * KEY.itemsize)
-
-
-def is_among(wanted: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """For each of `wanted` whether it stands in the sorted array `ordered`."""
-    if not len(ordered):
-        return np.zeros(len(wanted), dtype=bool)
-    return ordered[np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)] == wanted
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """What a table holds, sorted by id: one entry for each document and each fragment that has rows of it."""
-
-    ids: np.ndarray
-    """S16, hashes of document ids, ascending."""
-    hashes: np.ndarray
-    """S16, the hash of the text each was embedded from."""
-    fragments: np.ndarray
-    """int64, the fragment that holds its rows."""
-
-    def known(self, ids: np.ndarray) -> np.ndarray:
-        """For each of `ids` whether the table holds that document."""
-        return is_among(ids, self.ids)
-
-    def unchanged(self, ids: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-        """For each document whether the table holds it with this very text."""
-        if not len(self.ids):
-            return np.zeros(len(ids), dtype=bool)
-        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return (self.ids[at] == ids) & (self.hashes[at] == hashes)
-
-    def fragments_of(self, ids: np.ndarray) -> set[int]:
-        """The fragments that hold rows of any of `ids`."""
-        return set(self.fragments[is_among(self.ids, np.sort(ids))].tolist())
-
-    @classmethod
-    def empty(cls) -> "Keys":
-        return cls(np.empty(0, KEY), np.empty(0, KEY), np.empty(0, np.int64))
-
-
 class EmbeddingTable:
     """A table as one version of it was when it was opened. `commit` moves the object on to the version it made."""
 
@@ -106,6 +60,8 @@ class EmbeddingTable:
         # Workers have another working directory.
         self.uri = uri if storage.is_s3(uri) else os.path.abspath(os.path.expanduser(uri))
         self.dataset = dataset
+        self.lease: Lease | None = None
+        """Held by the run that writes; looked at before every commit and before the tag moves."""
         metadata = {key.decode(): value.decode() for key, value in (dataset.schema.metadata or {}).items()}
         if RECIPE_KEY not in metadata:
             raise InputError(
@@ -236,32 +192,39 @@ class EmbeddingTable:
         gone, updated = self._without(removed, keys.fragments_of(removed)) if len(removed) else ([], [])
         if not (new or gone or updated):
             return self.version
-        operation = lance.LanceOperation.Update(removed_fragment_ids=gone, updated_fragments=updated, new_fragments=new)
-        before = self.version
-        after = self._transact(operation, run)
-        if after.version != before + 1:
-            # Lance lets two appends pass side by side. The other run's rows stay, ours go again.
-            files = {file.path for fragment in new for file in fragment.files}
-            ours = [
-                f.fragment_id for f in after.get_fragments() if any(file.path in files for file in f.metadata.files)
-            ]
-            self.dataset = after
-            self._transact(lance.LanceOperation.Update(removed_fragment_ids=ours), run)
-            raise self._conflict()
-        self.dataset = after
-        return after.version
+        self._transact(run, removed=gone, updated=updated, new=new)
+        return self.version
 
-    def _transact(self, operation: Any, run: str) -> lance.LanceDataset:
-        transaction = lance.Transaction(
-            read_version=self.dataset.version, operation=operation, transaction_properties={RUN_KEY: run}
+    def claim(self, run: str) -> None:
+        """Make a version that changes nothing: whatever a writer that lost its lease has under way is refused then."""
+        self._transact(run)
+
+    def _transact(
+        self,
+        run: str,
+        *,
+        removed: Sequence[int] = (),
+        updated: Sequence[FragmentMetadata] = (),
+        new: Sequence[FragmentMetadata] = (),
+    ) -> None:
+        operation = lance.LanceOperation.Update(
+            removed_fragment_ids=[*removed, EVERY_COMMIT], updated_fragments=[*updated], new_fragments=[*new]
         )
+        before = self.version
+        transaction = lance.Transaction(read_version=before, operation=operation, transaction_properties={RUN_KEY: run})
+        if self.lease is not None:
+            self.lease.check()
         try:
             options = storage.lance_options(self.uri)
-            return lance.LanceDataset.commit(self.dataset, transaction, storage_options=options)
+            self.dataset = lance.LanceDataset.commit(self.dataset, transaction, storage_options=options)
         except OSError as error:
             if "conflict" in str(error).lower():
                 raise self._conflict() from None
             raise
+        if self.version != before + 1:
+            # Someone compacted or added rows without us in between. What we committed is whole, but what we know about
+            # the table's fragments is out of date.
+            raise self._conflict()
 
     def _conflict(self) -> InputError:
         return InputError(f"another run is writing to {self.uri}; let it finish, then run again")
@@ -291,11 +254,30 @@ class EmbeddingTable:
 
     def publish(self) -> int:
         """Let readers see this version."""
-        if self.published_version() is None:
-            self.dataset.tags.create(PUBLISHED, self.version)
-        else:
-            self.dataset.tags.update(PUBLISHED, self.version)
+        self.show(self.version)
         return self.version
+
+    def show(self, version: int) -> None:
+        """Move the tag to a version, and keep that and the one before for going back."""
+        if self.lease is not None:
+            self.lease.check()
+        tags = self.dataset.tags
+        known = tags.list()
+        current = known[PUBLISHED]["version"] if PUBLISHED in known else None
+        # A run that was killed between the two may have left the current one without its tag.
+        if current is not None and kept_tag(current) not in known:
+            tags.create(kept_tag(current), current)
+        if current is None:
+            tags.create(PUBLISHED, version)
+        else:
+            tags.update(PUBLISHED, version)
+        if version != current and kept_tag(version) not in known:
+            tags.create(kept_tag(version), version)
+
+    def kept_versions(self) -> list[int]:
+        """The versions that were published and are still there, ascending."""
+        tags = self.dataset.tags.list().items()
+        return sorted({tag["version"] for name, tag in tags if name == PUBLISHED or name.startswith(KEPT)})
 
     def search(self, vector: np.ndarray, k: int) -> pa.Table:
         """The `k` rows nearest to a vector by cosine, best first; exact, every row is compared.
@@ -355,13 +337,21 @@ def write_fragment(uri: str, rows: pa.Table, run: str) -> str:
     return json.dumps(fragments[0].to_json())
 
 
+def kept_tag(version: int) -> str:
+    return f"{KEPT}{version}"
+
+
 def holds_files(uri: str) -> bool:
-    """Whether anything lies at this place."""
+    """Whether anything lies at this place that is not ours, and not what is left of the making of a table."""
     files, path = storage.filesystem(uri)
     info = files.get_file_info(path)
     if info.type != pa.fs.FileType.Directory:
         return info.type == pa.fs.FileType.File
-    return bool(files.get_file_info(pa.fs.FileSelector(path)))
+    found = files.get_file_info(pa.fs.FileSelector(path))
+    if any(entry.base_name not in (*OWN_FOLDERS, "_transactions", "_versions") for entry in found):
+        return True
+    versions = files.get_file_info(pa.fs.FileSelector(f"{path}/_versions", allow_not_found=True))
+    return any(entry.base_name.endswith(".manifest") for entry in versions)
 
 
 def first_line_of(text: str) -> str:

@@ -1,7 +1,11 @@
 """The table: fragments count when committed, changed documents are replaced in one step, writers exclude each other."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import lance
 import numpy as np
@@ -10,7 +14,9 @@ import pytest
 from test_pipeline_recipe import RECIPE as FULL_RECIPE
 
 from model.errors import InputError
-from pipeline.table import PUBLISHED, EmbeddingTable, Keys, as_keys, hash_ids, is_among, table_schema, write_fragment
+from pipeline.keys import Keys, hash_ids
+from pipeline.lease import Lease
+from pipeline.table import PUBLISHED, EmbeddingTable, table_schema, write_fragment
 
 RECIPE = replace(FULL_RECIPE, dim=4)
 ODD_IDS = ["it's", 'a "quoted" one', "back\\slash", "nul\x00inside", "trailing nul\x00", "", "\U0001f600", "a\nb", "%_"]
@@ -151,17 +157,118 @@ def test_second_writer_is_stopped_and_leaves_nothing(table):
     assert contents(table) == {"a": [(0, 3.0), (1, 3.0)]}
 
 
-def test_side_by_side_appends_are_undone(table):
+def test_a_commit_between_the_look_and_the_commit_is_seen(table):
+    """Lance itself would let two appends pass side by side."""
     other = EmbeddingTable.open(table.uri)
 
     def late_fragments():
-        # The race that a look at the version beforehand cannot see: the other run commits after that look.
         yield write_fragment(table.uri, rows({"a": "one", "b": "two"}), "r2")
         apply(table, {"a": "one"}, [])
 
     with pytest.raises(InputError, match="another run is writing"):
         other.commit(late_fragments(), hash_ids(pa.array([], pa.string())), Keys.empty(), run="r2")
+    assert table.dataset.latest_version == table.version
     assert contents(table) == {"a": [(0, 3.0), (1, 3.0)]}
+
+
+def test_a_claim_refuses_what_was_under_way(table):
+    apply(table, {"a": "one"}, [])
+    stalled, before = EmbeddingTable.open(table.uri), contents(table)
+
+    def stall():
+        yield write_fragment(table.uri, rows({"b": "two"}), "r2")
+        table.claim("r3")
+
+    with pytest.raises(InputError, match="another run is writing"):
+        stalled.commit(stall(), hash_ids(pa.array(["a"])), stalled.keys(), run="r2")
+    assert contents(table) == before
+    apply(table, {"b": "two"}, ["a"])
+    assert contents(table) == {"b": [(0, 3.0), (1, 3.0)]}
+
+
+RACE = """
+import sys
+from test_pipeline_table import *
+uri, name = sys.argv[1:]
+none, wins = hash_ids(pa.array([], pa.string())), []
+print("ready", flush=True)
+for line in sys.stdin:
+    table = EmbeddingTable.open(uri)
+    fragment = write_fragment(uri, rows({f"{name} {line.strip()}": "text"}), name)
+    print("opened", table.version, flush=True)
+    sys.stdin.readline()
+    try:
+        table.commit([fragment], none, Keys.empty(), run=name)
+        print("won", flush=True)
+    except InputError:
+        print("refused", flush=True)
+"""
+
+
+def race(uri: str, rounds: int) -> list[str]:
+    """Processes that each open the table, and then all commit at once; the ids of those that did, a line a winner."""
+    root = Path(__file__).resolve().parent
+    env = os.environ | {"PYTHONPATH": f"{root.parent}{os.pathsep}{root}"}
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", RACE, uri]
+    racers = [subprocess.Popen([*command, n], env=env, stdin=pipe, stdout=pipe, text=True, bufsize=1) for n in "xyz"]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 3
+    won = []
+    for turn in range(rounds):
+        for go in (f"{turn}\n", "commit\n"):
+            for racer in racers:
+                racer.stdin.write(go)
+            answers = [racer.stdout.readline().split() for racer in racers]
+        assert sum(answer == ["won"] for answer in answers) == 1, answers
+        won += [f"{name} {turn}" for name, answer in zip("xyz", answers, strict=True) if answer == ["won"]]
+    for racer in racers:
+        racer.stdin.close()
+        racer.wait(timeout=30)
+        racer.stdout.close()
+    return won
+
+
+def test_of_processes_that_commit_at_once_one_wins(table):
+    won = race(table.uri, 20)
+    assert sorted(contents(table)) == sorted(won)
+
+
+def test_of_processes_that_commit_at_once_one_wins_on_s3(s3_server, monkeypatch, tmp_path):
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    table = EmbeddingTable.create(f"s3://bucket/{tmp_path.name}/race", RECIPE, model="m")
+    won = race(table.uri, 5)
+    rows_now = EmbeddingTable.open(table.uri).dataset.to_table(columns=["document_id"])["document_id"]
+    assert sorted(rows_now.unique().to_pylist()) == sorted(won)
+
+
+def test_a_lost_lease_stops_commit_and_publishing(table):
+    apply(table, {"a": "one"}, [])
+    with Lease.take(table.uri, "ours") as held:
+        table.lease = held
+        apply(table, {"b": "two"}, [])
+        held.place.create(replace(held.owner, epoch=held.epoch + 1, run="theirs"))
+        held._confirm()
+        with pytest.raises(InputError, match="stood still for too long, and run theirs"):
+            apply(table, {"c": "three"}, [])
+        with pytest.raises(InputError, match="stood still"):
+            table.publish()
+    assert sorted(contents(table)) == ["a", "b"]
+    assert table.published_version() is None
+
+
+def test_published_versions_are_kept_and_can_be_shown_again(table):
+    for text in ("one", "two!", "three"):
+        apply(table, {"a": text}, ["a"])
+        table.publish()
+    assert table.kept_versions() == [2, 3, 4]
+    table.show(2)
+    assert EmbeddingTable.open(table.uri, PUBLISHED).dataset.to_table()["vector"][0].as_py()[0] == 3
+    assert table.kept_versions() == [2, 3, 4]
+    # A run that was killed after it moved the tag, before it made the second one.
+    table.dataset.tags.delete("published-2")
+    table.show(4)
+    assert table.kept_versions() == [2, 3, 4]
 
 
 def test_other_recipe_is_refused_by_name(table):
@@ -221,21 +328,14 @@ def test_places_that_are_no_table(tmp_path):
     (tmp_path / "letters" / "a.txt").write_text("dear")
     with pytest.raises(InputError, match="holds files but no table"):
         EmbeddingTable.find(str(tmp_path / "letters"))
+    for name in ("_lease/0000000001.json", "_runs/r.json", "_transactions/0.txn", "_versions/.tmp"):
+        (tmp_path / "begun" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "begun" / name).write_text("killed while the table was made")
+    assert EmbeddingTable.find(str(tmp_path / "begun")) is None
+    EmbeddingTable.create(str(tmp_path / "begun"), RECIPE, model="m")
     lance.write_dataset(pa.table({"a": [1]}), str(tmp_path / "foreign"))
     with pytest.raises(InputError, match="without a recipe"):
         EmbeddingTable.find(str(tmp_path / "foreign"))
     EmbeddingTable.create(missing, RECIPE, model="m")
     with pytest.raises(InputError, match="cannot be made"):
         EmbeddingTable.create(missing, RECIPE, model="m")
-
-
-def test_hashes_compare_as_bytes():
-    draw = random.Random(3)
-    raw = [bytes(draw.choice((0, 1, 255)) for _ in range(16)) for _ in range(300)]
-    column = pa.array(raw, pa.binary(16))
-    keys = as_keys(column)
-    assert [k.ljust(16, b"\0") for k in np.sort(keys).tolist()] == sorted(raw)
-    assert [k.ljust(16, b"\0") for k in as_keys(column[7:9]).tolist()] == raw[7:9]
-    known = np.sort(keys[:150])
-    assert is_among(keys, known).tolist() == [value in set(raw[:150]) for value in raw]
-    assert not is_among(keys, known[:0]).any()
