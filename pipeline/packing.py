@@ -97,7 +97,9 @@ def fill_bins(lengths_S: np.ndarray, tokens_per_bin: int) -> list[np.ndarray]:
         int64 indices of the sequences of each bin, ascending. Every sequence is in exactly one.
     """
     lengths_S = np.asarray(lengths_S, dtype=np.int64)
-    assert not len(lengths_S) or 0 < lengths_S.min() <= lengths_S.max() <= tokens_per_bin
+    if not len(lengths_S):
+        return []
+    assert 0 < lengths_S.min() <= lengths_S.max() <= tokens_per_bin
     order = np.argsort(-np.frexp(lengths_S)[1], kind="stable")
     bin_S = np.empty(len(lengths_S), dtype=np.int64)
     # Bit r of `rooms` says that there is a bin with r tokens of room: the best fit for n is the lowest bit from n on.

@@ -29,7 +29,19 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
 BARRED = {"pipeline": ("ray.train", "ray.serve", "ray.tune"), "model": ("torch.distributed.elastic",)}
 """Parts of a permitted package that stay out."""
 
-CPU_STAGES = ("columns", "documents", "tokens", "chunks", "packing", "storage", "survey", "table", "permutation")
+CPU_STAGES = (
+    "columns",
+    "documents",
+    "tokens",
+    "chunks",
+    "packing",
+    "storage",
+    "survey",
+    "table",
+    "permutation",
+    "shards",
+    "stream",
+)
 """Files of `pipeline/` whose worker processes must not pay for torch: about 200 MB and a second each."""
 
 MAX_LINES = 400

@@ -84,7 +84,7 @@ def test_filled_bins_hold_every_sequence_once_and_no_two_would_go_together(lengt
     bins = fill_bins(lengths_S, budget)
     assert sorted(np.concatenate([[], *bins]).astype(int).tolist()) == list(range(len(lengths_S)))
     used = [int(lengths_S[chosen].sum()) for chosen in bins]
-    assert max(used, default=0) <= budget
+    assert all(0 < tokens <= budget for tokens in used)
     assert all(a + b > budget for a, b in itertools.combinations(used, 2))
 
 
