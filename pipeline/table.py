@@ -7,7 +7,7 @@ only when a run is complete. The table is the only checkpoint: what a killed run
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import lance
 import numpy as np
@@ -20,9 +20,12 @@ from pipeline import storage
 from pipeline.keys import KEY as KEY
 from pipeline.keys import Keys, as_keys, hash_ids, is_among
 from pipeline.lease import Lease
+from pipeline.packing import look_ahead
 from pipeline.recipe import Recipe
 
 PUBLISHED = "published"
+OWN_FOLDERS = ("_sources", "_runs", "_lease", "_dead.lance", "_canaries")
+"""What may lie beside Lance's own folders, and before there is a table. Lance leaves alone what it does not know."""
 OWN_FOLDERS = ("_lease", "_runs", "_sources", "_dead.lance", "_canaries")
 """What we keep in a table's folder beside Lance's files. Lance leaves folders alone that it does not know."""
 KEPT = "published-"
@@ -154,23 +157,27 @@ class EmbeddingTable:
                 "use the settings it was written with, or name a new table"
             )
 
-    def keys(self) -> Keys:
-        """The documents of this version. Reads two columns, one fragment after the other."""
-        ids, hashes, fragments = [], [], []
+    def keys(self, fragments: Collection[int] | None = None) -> Keys:
+        """The documents of this version, or of some of its fragments. Reads two columns, fragment by fragment."""
+        parts = [Keys.empty()]
         for fragment in self.dataset.get_fragments():
+            if fragments is not None and fragment.fragment_id not in fragments:
+                continue
             rows = fragment.to_table(columns=["document_id", "text_hash"])
             # Rows of one document share id and hash: hash one of them, vectorised up to there.
             codes = rows["document_id"].combine_chunks().dictionary_encode()
             _, first = np.unique(codes.indices.to_numpy(), return_index=True)
             unique = hash_ids(codes.dictionary)
-            ids.append(unique)
-            hashes.append(as_keys(rows["text_hash"])[first])
-            fragments.append(np.full(len(unique), fragment.fragment_id, dtype=np.int64))
-        if not ids:
-            return Keys.empty()
-        all_ids = np.concatenate(ids)
-        order = np.argsort(all_ids, kind="stable")
-        return Keys(all_ids[order], np.concatenate(hashes)[order], np.concatenate(fragments)[order])
+            number = np.full(len(unique), fragment.fragment_id, dtype=np.int64)
+            parts.append(Keys(unique, as_keys(rows["text_hash"])[first], number))
+        return Keys.join(parts)
+
+    def fragment_groups(self, rows_per_group: int) -> list[list[int]]:
+        """The ids of all fragments, dealt into groups of about so many rows."""
+        fragments = self.dataset.get_fragments()
+        rows = np.array([fragment.metadata.physical_rows or 0 for fragment in fragments], np.int64)
+        ids = [fragment.fragment_id for fragment in fragments]
+        return [ids[some] for some in look_ahead(rows, rows_per_group)]
 
     def commit(self, added: Iterable[str], removed: np.ndarray, keys: Keys, *, run: str) -> int:
         """Add fragments and remove documents in one transaction; both happen or neither does.
