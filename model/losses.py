@@ -1,0 +1,148 @@
+"""What pretraining minimises: the masked-token loss, with logits for the masked positions only, and sentence ordering.
+
+Everything comes as sums over this batch times weights that the caller chose, because the mean is one over the masked
+tokens of a whole global batch, of which a batch here is a part. Shape suffixes: T tokens, M masked tokens, S sequences,
+D width, V vocabulary, R rows of a strip.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.batch import PackedBatch
+from model.encoder import Linear
+from model.heads import MaskedLanguageModel, PredictionHead
+
+IGNORED = -100
+"""Ordering label of a sequence that is no ordered or swapped pair."""
+
+STRIP = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Logits held at once, in values. A whole batch's would be the largest tensor of the training by far (base size, 16,384
+tokens, 30 % masked: 250 million)."""
+
+
+class MaskedCrossEntropy(torch.autograd.Function):
+    """Decoder and cross-entropy in strips of rows, with the gradient taken on the way: no logit is kept or made twice.
+
+    Logits are in the dtype of `hidden_MD`, softmax and sums in float32 (float64 where that is).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_M: Tensor, z_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """The summed loss -log p(target) + z_weight log(Z)^2, and three sums to report: loss without z, z, correct."""
+        dtype = hidden_MD.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        sums = torch.zeros(3, dtype=wide, device=hidden_MD.device)
+        learning = hidden_MD.requires_grad or weight_VD.requires_grad
+        if learning:
+            gradient_MD = torch.empty_like(hidden_MD)
+            gradient_VD = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+            gradient_V = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        # Each strip adds to the gradient of the whole decoder: strips as long as it is wide keep that the smaller part.
+        rows = max(hidden_MD.shape[1], STRIP.get(hidden_MD.device.type, STRIP["cpu"]) // weight.shape[0])
+        for start in range(0, hidden_MD.shape[0], rows):
+            strip = slice(start, start + rows)
+            target_R1 = targets_M[strip, None]
+            logits_RV = F.linear(hidden_MD[strip], weight, bias)
+            logit_R1 = logits_RV.gather(1, target_R1).to(wide)
+            p_RV = logits_RV.softmax(dim=1, dtype=wide)
+            p_R1 = p_RV.gather(1, target_R1)
+            # Below the smallest float the loss stays at its largest value, 87 in float32.
+            loss_R1 = -p_R1.clamp(min=torch.finfo(wide).tiny).log()
+            log_z_R1 = logit_R1 + loss_R1
+            correct = (p_R1 >= p_RV.amax(dim=1, keepdim=True)).sum()
+            sums += torch.stack([loss_R1.sum(), (log_z_R1**2).sum(), correct])
+            if not learning:
+                continue
+            # d loss / d logits = p (1 + 2 z_weight log Z) - onehot, in place of p.
+            slope_RV = p_RV.mul_(1 + 2 * z_weight * log_z_R1) if z_weight else p_RV
+            slope_RV.scatter_add_(1, target_R1, torch.full_like(p_R1, -1.0))
+            slope = slope_RV.to(dtype)
+            gradient_MD[strip] = slope @ weight
+            gradient_VD += slope.T @ hidden_MD[strip]
+            if gradient_V is not None:
+                gradient_V += slope_RV.sum(dim=0)
+        if learning:
+            ctx.save_for_backward(gradient_MD, gradient_VD, gradient_V)
+        ctx.mark_non_differentiable(sums)
+        return sums[0] + z_weight * sums[1], sums
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        scale = gradients[0]
+        gradient_MD, gradient_VD, gradient_V = ctx.saved_tensors
+        # The scale carries 1 / (masked tokens) and the factor of float16: applied in the wide type.
+        hidden = (gradient_MD * scale).to(gradient_MD.dtype)
+        return hidden, gradient_VD * scale, None if gradient_V is None else gradient_V * scale, None, None
+
+
+class OrderingHead(nn.Module):
+    """Whether the two segments of a sequence stand in their order or were swapped (ALBERT, arXiv 1909.11942)."""
+
+    def __init__(self, model: MaskedLanguageModel) -> None:
+        super().__init__()
+        self.head = PredictionHead(model.model.config)
+        self.classifier = Linear(model.model.config.hidden_size, 2)
+
+    def forward(self, first_SD: Tensor, dtype: torch.dtype) -> Tensor:
+        """Logits (S, 2) from the vectors of the first tokens, [CLS]."""
+        return self.classifier(self.head(first_SD, dtype)).float()
+
+
+class Pretraining(nn.Module):
+    """An encoder with its masked-token head, and an ordering head where asked for, that returns losses.
+
+    Args:
+        language_model: encoder and masked-token head; saved by itself at the end.
+        ordering: whether there is an ordering head. Without one there is no ordering loss.
+        z_weight: of log(Z)^2 in the masked-token loss, which keeps logits from drifting (0 for none).
+    """
+
+    SUMS = ("loss", "z", "correct", "ordering_loss", "ordering_correct")
+    """What `forward` reports, summed over the batch."""
+
+    def __init__(self, language_model: MaskedLanguageModel, *, ordering: bool = False, z_weight: float = 0.0) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.ordering = OrderingHead(language_model) if ordering else None
+        self.z_weight = z_weight
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        masked_M: Tensor,
+        targets_M: Tensor,
+        ordering_S: Tensor,
+        masked_scale: float = 1.0,
+        ordering_scale: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted loss, for a backward pass, and the five unweighted `SUMS`, without a gradient.
+
+        Args:
+            masked_M: int64 indices of the packed tokens to predict; may be empty.
+            targets_M: int64, the tokens that stood there.
+            ordering_S: int64, 0 for segments in order, 1 for swapped ones, `IGNORED` for neither.
+            masked_scale: what the sum of the masked-token losses is multiplied by: one over the masked tokens of the
+                global batch.
+            ordering_scale: the same for ordering, with its weight.
+        """
+        model = self.language_model
+        hidden_TD = model.model(batch)
+        head_MD = model.head(hidden_TD[masked_M], model.dtype)
+        summed, sums = MaskedCrossEntropy.apply(
+            head_MD, model.decoder.weight, model.decoder.bias, targets_M, self.z_weight
+        )
+        loss = summed * masked_scale
+        ordering_sums = sums.new_zeros(2)
+        if self.ordering is not None:
+            logits_S2 = self.ordering(hidden_TD[batch.cu_seqlens[:-1].long()], model.dtype)
+            ordering = F.cross_entropy(logits_S2, ordering_S, ignore_index=IGNORED, reduction="sum")
+            loss = loss + ordering * ordering_scale
+            correct = (logits_S2.argmax(dim=1) == ordering_S).sum()
+            ordering_sums = torch.stack([ordering.detach(), correct]).to(sums.dtype)
+        return loss, torch.cat([sums, ordering_sums])
