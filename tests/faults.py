@@ -1,14 +1,13 @@
 """Faults, and what a table and its readers see of them: a place where nights run, a watch over it, a moment to strike.
 
 Everything is looked at from outside: files below the table, versions, the tag. A `Scene` has last night's undisturbed
-table and tonight's corpus; a `Strike` waits for its moment in a thread of its own and does its harm; `Scene.verify`
-then holds the table against the undisturbed one.
+table and tonight's corpus; `disturb` runs between them while a `Strike` does its harm, and again to the end;
+`Scene.verify` then holds the table against the undisturbed one.
 """
 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +32,7 @@ from nights import (
     write_corpus,
 )
 from seaweed import BUCKET, Proxy, Seaweed
+from strikes import Measure, Moment, Strike, encoders
 
 from jobs.configuration import EmbedConfiguration, load
 from jobs.embed import run_embed
@@ -42,8 +42,8 @@ from pipeline.table import PUBLISHED
 ROOT = Path(__file__).resolve().parent.parent
 LOG_VARIABLE = "NIGHTLOOM_FAULTS_LOG"
 """A file to which every disturbed run adds a JSON line; benchmarks/faults.py counts them."""
-ENCODER = "EmbedAndWrite"
-"""In the name of the Ray processes that embed."""
+RERUNS = 3
+"""Most runs after the disturbed one until the table is published; the first should do, unless the fault goes on."""
 
 
 @dataclass
@@ -76,16 +76,6 @@ class Yard:
             self.truths[night] = truth
             shutil.copytree(scene.table, self.folder / f"night-{night}.lance")
         return self.truths[night]
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """How far a run is, from outside."""
-
-    records: int
-    versions: int
-    fragments: int
-    published: int | None
 
 
 class Scene:
@@ -243,117 +233,58 @@ def scan(folder: str) -> Iterator[str]:
             yield entry.path
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """When to strike: so long after a measure of the run was reached."""
-
-    what: str
-    """start, records, fragments, versions, encoder (an embedding process is there) or published."""
-    count: int
-    """How many more than before the run."""
-    delay_s: float
-
-    def reached(self, scene: Scene, now: Measure) -> bool:
-        if self.what == "start":
-            return True
-        if self.what == "encoder":
-            return bool(set(encoders()) - scene.leftover)
-        if self.what == "published":
-            return now.published != scene.start.published
-        return getattr(now, self.what) >= getattr(scene.start, self.what) + self.count
-
-    def __str__(self) -> str:
-        return f"{self.what} {self.count} + {self.delay_s * 1000:.0f} ms"
-
-
-def draw_moment(draw: Any, truth: Truth, what: str) -> Moment:
-    """A moment of this kind, anywhere in a run that makes as many fragments and versions as the undisturbed one."""
-    most = {"fragments": truth.fragments, "versions": truth.versions}.get(what, 1)
-    delay = draw.uniform(0, 4.0) if what == "start" else draw.uniform(0, 0.15)
-    return Moment(what, draw.randint(1, max(1, most)), delay)
-
-
-class Strike(threading.Thread):
-    """Waits for its moment, does its harm, and knows afterwards in which phase it struck; `phase` is None if never."""
-
-    def __init__(self, scene: Scene, moment: Moment, harm: Callable[[], None]) -> None:
-        super().__init__(name="strike", daemon=True)
-        self.scene, self.moment, self.harm = scene, moment, harm
-        self.phase: str | None = None
-        self.error: BaseException | None = None
-        self.over = threading.Event()
-
-    def run(self) -> None:
+def bring_to_the_end(scene: Scene) -> int:
+    """Run until the table is up to date; returns how many runs it took."""
+    for attempt in range(1, RERUNS + 1):
         try:
-            while not self.moment.reached(self.scene, now := self.scene.measure()):
-                if self.over.wait(0.01):
-                    return
-            if self.over.wait(self.moment.delay_s):
-                return
-            if self.moment.delay_s:
-                now = self.scene.measure()
-            self.harm()
-            self.phase = self.scene.phase(now)
-        except NothingToHarm:
-            return
-        except BaseException as error:
-            self.error = error
-
-    def finish(self) -> str | None:
-        """The run is over: strike no more."""
-        self.over.set()
-        self.join(120)
-        if self.error is not None:
-            raise self.error
-        return self.phase
+            report = scene.run()
+        except Exception:
+            if attempt == RERUNS:
+                raise
+            time.sleep(1)
+            continue
+        assert report.read == report.embedded + report.unchanged + report.empty + report.duplicate + report.dead
+        break
+    # And once more: nothing is left to do.
+    last = scene.run()
+    assert (last.status, last.embedded, last.deleted) == ("unchanged", 0, 0)
+    return attempt
 
 
-class NothingToHarm(Exception):
-    """What was to be struck is gone: the run is too far."""
-
-
-def own_raylets() -> set[int]:
-    """Process ids of the raylets that this process started; other sessions are none of our business."""
-    found = set()
-    for pid, line in processes():
-        if line.split(b"\0")[0].endswith(b"raylet/raylet") and os.getpid() in ancestors(pid):
-            found.add(pid)
-    return found
-
-
-def encoders() -> list[int]:
-    """The embedding processes under our own raylets."""
-    raylets = own_raylets()
-    found = [pid for pid, line in processes() if ENCODER.encode() in line and line.startswith(b"ray::")]
-    return [pid for pid in found if raylets & ancestors(pid)]
-
-
-def processes() -> Iterator[tuple[int, bytes]]:
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                yield int(name), Path(f"/proc/{name}/cmdline").read_bytes()
-            except OSError:
-                continue
-
-
-def ancestors(pid: int) -> set[int]:
-    found: set[int] = set()
-    while pid > 1 and pid not in found:
-        found.add(pid)
+def disturb(scene: Scene, kind: str, seed: int, moment: Moment, harm: Callable[[], None], *sets: str) -> None:
+    """A run in this process, struck while it goes; then the end, the comparison, and a line in the log."""
+    begun = time.monotonic()
+    outcome = "failed"
+    with scene.readers():
+        strike = Strike(scene, moment, harm)
+        strike.start()
         try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            break
-    return found
+            outcome = scene.run(*sets).status
+        except Exception as error:
+            outcome = f"failed: {type(error).__name__}"
+        finally:
+            phase = strike.finish()
+        reruns = bring_to_the_end(scene)
+    conclude(scene, kind, seed, moment, phase, outcome, reruns, begun)
 
 
-def kill_encoder(scene: Scene) -> None:
-    """SIGKILL to one embedding process of this run."""
-    found = set(encoders()) - scene.leftover
-    if not found:
-        raise NothingToHarm
-    os.kill(min(found), signal.SIGKILL)
+def conclude(
+    scene: Scene, kind: str, seed: int, moment: Moment, phase: str | None, outcome: str, reruns: int, begun: float
+) -> None:
+    versions = scene.verify()
+    log_run(
+        fault=kind,
+        seed=seed,
+        place="s3" if scene.on_s3 else "disk",
+        night=scene.night,
+        moment=str(moment),
+        phase=phase,
+        outcome=outcome,
+        reruns=reruns,
+        versions=versions,
+        differences=0,
+        seconds=round(time.monotonic() - begun, 1),
+    )
 
 
 def log_run(**fields: Any) -> None:
@@ -368,12 +299,3 @@ def log_run(**fields: Any) -> None:
 def start(command: list[str]) -> subprocess.Popen[bytes]:
     """A driver in a process of its own."""
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False

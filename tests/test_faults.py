@@ -8,34 +8,28 @@ and whatever readers saw published was one night's table, whole. A quick part is
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import ray
-from faults import (
+from faults import Scene, Yard, bring_to_the_end, conclude, disturb, start
+from nights import NUM_NIGHTS
+from seaweed import Proxy, Seaweed, Trouble, find_weed
+from strikes import (
     ENCODER,
     Moment,
     NothingToHarm,
-    Scene,
     Strike,
-    Yard,
     draw_moment,
     encoders,
     kill_encoder,
-    log_run,
     own_raylets,
-    start,
     wait_until,
 )
-from nights import NUM_NIGHTS
-from seaweed import Proxy, Seaweed, Trouble, find_weed
 
 from cluster.session import session
-from model.errors import InputError
 
 MOMENTS = ("start", "records", "encoder", "fragments", "versions", "versions", "fragments", "published")
-RERUNS = 3
-"""Most runs after the disturbed one until the table is published; the first should do, unless the fault goes on."""
 
 
 def cases(kind: str, count: int, quick: int = 0) -> list:
@@ -71,62 +65,6 @@ def draw_scene(yard: Yard, kind: str, seed: int, *, on_s3: bool) -> tuple[random
     draw = random.Random(f"{kind} {seed}")
     scene = Scene(yard, draw.randrange(NUM_NIGHTS), on_s3=on_s3, name=f"{kind}-{seed}")
     return draw, scene, draw_moment(draw, scene.after, MOMENTS[seed % len(MOMENTS)])
-
-
-def bring_to_the_end(scene: Scene) -> int:
-    """Run until the table is up to date; returns how many runs it took."""
-    for attempt in range(1, RERUNS + 1):
-        try:
-            report = scene.run()
-        except Exception:
-            if attempt == RERUNS:
-                raise
-            time.sleep(1)
-            continue
-        assert report.read == report.embedded + report.unchanged + report.empty + report.duplicate + report.dead
-        break
-    # And once more: nothing is left to do.
-    last = scene.run()
-    assert (last.status, last.embedded, last.deleted) == ("unchanged", 0, 0)
-    return attempt
-
-
-def disturb(scene: Scene, kind: str, seed: int, moment: Moment, harm: Callable[[], None], *sets: str) -> None:
-    """A run in this process, struck while it goes; then the end, the comparison, and a line in the log."""
-    begun = time.monotonic()
-    outcome = "failed"
-    with scene.readers():
-        strike = Strike(scene, moment, harm)
-        strike.start()
-        try:
-            outcome = scene.run(*sets).status
-        except InputError:
-            raise
-        except Exception as error:
-            outcome = f"failed: {type(error).__name__}"
-        finally:
-            phase = strike.finish()
-        reruns = bring_to_the_end(scene)
-    conclude(scene, kind, seed, moment, phase, outcome, reruns, begun)
-
-
-def conclude(
-    scene: Scene, kind: str, seed: int, moment: Moment, phase: str | None, outcome: str, reruns: int, begun: float
-) -> None:
-    versions = scene.verify()
-    log_run(
-        fault=kind,
-        seed=seed,
-        place="s3" if scene.on_s3 else "disk",
-        night=scene.night,
-        moment=str(moment),
-        phase=phase,
-        outcome=outcome,
-        reruns=reruns,
-        versions=versions,
-        differences=0,
-        seconds=round(time.monotonic() - begun, 1),
-    )
 
 
 def kill_driver(yard: Yard, kind: str, seed: int, *, on_s3: bool, own_ray: bool = False) -> None:

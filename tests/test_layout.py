@@ -56,7 +56,11 @@ SMALL = {
 """Files under MIN_LINES, and why they are a subject of their own."""
 
 UNTESTED_ALONE = {"model/errors.py": "an exception without a branch; every test of bad input goes through it"}
-CROSS_CUTTING = {"test_layout.py", "conftest.py", "seaweed.py", "nights.py", "faults.py", "test_faults.py"}
+CROSS_CUTTING = {
+    *("test_layout.py", "conftest.py", "seaweed.py"),
+    *("nights.py", "faults.py", "strikes.py", "test_faults.py", "test_faults_cluster.py", "test_faults_ray_data.py"),
+    *("test_nights.py", "test_secrets.py", "test_two_runs.py"),
+}
 """Files in `tests/` that belong to no single source file."""
 
 BANNED_NAMES = {"util", "utils", "common", "base", "manager", "helper", "helpers", "misc", "registry"}
