@@ -5,6 +5,7 @@ once for each node, and is looked up without being copied.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,19 @@ class Keys:
     def fragments_of(self, ids: np.ndarray) -> set[int]:
         """The fragments that hold rows of any of `ids`."""
         return set(self.fragments[is_among(self.ids, np.sort(ids))].tolist())
+
+    def take(self, at: np.ndarray) -> "Keys":
+        """The entries at these places, which ascend."""
+        return Keys(self.ids[at], self.hashes[at], self.fragments[at])
+
+    @classmethod
+    def join(cls, parts: "Sequence[Keys]") -> "Keys":
+        """All entries, sorted again."""
+        ids = np.concatenate([np.empty(0, KEY), *(part.ids for part in parts)])
+        hashes = np.concatenate([np.empty(0, KEY), *(part.hashes for part in parts)])
+        fragments = np.concatenate([np.empty(0, np.int64), *(part.fragments for part in parts)])
+        order = np.argsort(ids, kind="stable")
+        return cls(ids[order], hashes[order], fragments[order])
 
     @classmethod
     def empty(cls) -> "Keys":

@@ -17,6 +17,7 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from model.errors import InputError
 from pipeline import storage
+from pipeline.chunks import WHOLE
 from pipeline.keys import KEY as KEY
 from pipeline.keys import Keys, as_keys, hash_ids, is_among
 from pipeline.lease import Lease
@@ -24,8 +25,6 @@ from pipeline.packing import look_ahead
 from pipeline.recipe import Recipe
 
 PUBLISHED = "published"
-OWN_FOLDERS = ("_sources", "_runs", "_lease", "_dead.lance", "_canaries")
-"""What may lie beside Lance's own folders, and before there is a table. Lance leaves alone what it does not know."""
 OWN_FOLDERS = ("_lease", "_runs", "_sources", "_dead.lance", "_canaries")
 """What we keep in a table's folder beside Lance's files. Lance leaves folders alone that it does not know."""
 KEPT = "published-"
@@ -324,7 +323,9 @@ class EmbeddingTable:
         return best
 
     def count_documents(self) -> int:
-        return len(np.unique(self.keys().ids))
+        """Documents of this version; reads one small column. Every document has one first row."""
+        first = 0 if self.recipe.granularity == "chunk" else WHOLE
+        return self.dataset.count_rows(filter=f"chunk = {first}")
 
 
 def write_fragment(uri: str, rows: pa.Table, run: str) -> str:
