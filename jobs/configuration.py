@@ -153,12 +153,23 @@ def load(
         raise InputError(f"configuration: {key} is {first['input']!r}: {lower_first(first['msg'])}") from None
 
 
+def group_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """The model behind a group of settings, or None, and how its keys go on: `dict[str, Group]` has groups of any name.
+
+    group_of(ColumnSettings) is (ColumnSettings, "."), group_of(dict[str, ColumnSettings]) is (ColumnSettings, ".*.").
+    """
+    many = get_origin(annotation) is dict
+    inner = get_args(annotation)[1] if many else annotation
+    is_group = isinstance(inner, type) and issubclass(inner, BaseModel)
+    return (inner if is_group else None), (".*." if many else ".")
+
+
 def keys(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, description) of every setting of a model."""
+    """(dotted key, description) of every setting of a model; a part that may have any name is `*`."""
     for name, field in kind.model_fields.items():
-        group = field.annotation
-        if isinstance(group, type) and issubclass(group, BaseModel):
-            yield from keys(group, f"{prefix}{name}.")
+        group, joint = group_of(field.annotation)
+        if group is not None:
+            yield from keys(group, f"{prefix}{name}{joint}")
         else:
             yield f"{prefix}{name}", field.description or ""
 
@@ -166,12 +177,14 @@ def keys(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
 def describe(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Lines for `--help`: every key with its default, its choices and its sentence."""
     for name, field in kind.model_fields.items():
-        group = field.annotation
-        if isinstance(group, type) and issubclass(group, BaseModel):
-            yield from describe(group, f"{prefix}{name}.")
+        group, joint = group_of(field.annotation)
+        if group is not None:
+            yield from describe(group, f"{prefix}{name}{joint.replace('*', 'NAME')}")
         elif not field.is_required():
             default = "none" if field.default is None else field.default
-            choices = [str(c) for part in members(group) if get_origin(part) is Literal for c in get_args(part)]
+            choices = [
+                str(c) for part in members(field.annotation) if get_origin(part) is Literal for c in get_args(part)
+            ]
             yield f"{prefix}{name} = {default}" + (f"  ({', '.join(choices)})" if choices else "")
             yield f"    {field.description}"
 
@@ -183,7 +196,7 @@ def members(annotation: Any) -> list[Any]:
 
 def check_key(key: str, known: Mapping[str, str], *, where: str) -> None:
     """Raise an InputError that names the nearest of the `known` keys, unless `key` is one of them."""
-    if key in known:
+    if any(fits(key, name) for name in known):
         return
 
     def likeness(name: str) -> float:
@@ -194,12 +207,19 @@ def check_key(key: str, known: Mapping[str, str], *, where: str) -> None:
     raise InputError(f"{where}: there is no key {key!r}; the nearest is {max(known, key=likeness)!r}")
 
 
+def fits(key: str, name: str) -> bool:
+    """Whether a dotted key is the known `name`, in which `*` stands for one part of any name."""
+    parts, wanted = key.split("."), name.split(".")
+    return len(parts) == len(wanted) and all(w in ("*", p) for p, w in zip(parts, wanted, strict=True))
+
+
 def flatten(tree: Mapping[str, Any], known: Mapping[str, str], prefix: str = "") -> Iterator[str]:
     """The dotted keys of a tree; a group that no known key is in counts as a key itself."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and key not in known:
-            if not any(other.startswith(f"{key}.") for other in known):
+        if isinstance(value, Mapping) and not any(fits(key, other) for other in known):
+            depth = key.count(".") + 1
+            if not any(fits(key, ".".join(other.split(".")[:depth])) for other in known):
                 yield key
             yield from flatten(value, known, f"{key}.")
         else:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from jobs.configuration import EmbedConfiguration, describe, keys, load
+from jobs.configuration import EmbedConfiguration, Settings, describe, keys, load
 from model.errors import InputError
 
 GIVEN = {"source": "corpus", "table": "table", "model": "models/m"}
@@ -106,3 +106,27 @@ def test_every_setting_says_what_it_is():
     lines = list(describe(EmbedConfiguration))
     assert "chunking.granularity = document  (document, chunk, both)" in lines
     assert all(len(line) < 120 for line in lines)
+
+
+class Leg(Settings):
+    length: int = 1
+    """How long this part of the way is."""
+
+
+class Way(Settings):
+    legs: dict[str, Leg]
+    """The parts of the way, in the order of the file."""
+
+
+def test_groups_of_any_name_keep_their_order(toml):
+    file = toml("[legs.second]\nlength = 2\n[legs.first]\n")
+    way = load(Way, file=file, sets=["legs.first.length=5", "legs.third.length=7"], given={})
+    assert [(name, leg.length) for name, leg in way.legs.items()] == [("second", 2), ("first", 5), ("third", 7)]
+    assert list(describe(Way)) == ["legs.NAME.length = 1", "    How long this part of the way is."]
+    for text, key in (
+        ("[legs.a]\nlenght = 2", "legs.a.lenght"),
+        ("legs = 3", "legs"),
+        ("[leg.a]\nlength = 1", "leg.a"),
+    ):
+        with pytest.raises(InputError, match=rf"no key '{key}.*nearest is 'legs\.\*\.length'"):
+            load(Way, file=toml(text), sets=[], given={})
