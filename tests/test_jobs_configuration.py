@@ -126,7 +126,7 @@ def test_groups_of_any_name_keep_their_order(toml):
     for text, key in (
         ("[legs.a]\nlenght = 2", "legs.a.lenght"),
         ("legs = 3", "legs"),
-        ("[leg.a]\nlength = 1", "leg.a"),
+        ("[leg.a]\nlength = 1", "leg"),
     ):
         with pytest.raises(InputError, match=rf"no key '{key}.*nearest is 'legs\.\*\.length'"):
             load(Way, file=toml(text), sets=[], given={})
