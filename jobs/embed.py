@@ -9,7 +9,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from cluster.session import SPARE_CPUS, local_cpus, physical_cores, session
 from jobs.configuration import EmbedConfiguration
@@ -24,9 +23,11 @@ from jobs.plan import (
     read_model,
     survey_corpus,
 )
-from jobs.report import EmbedReport, Progress, keep_record, new_run
+from jobs.report import EmbedReport, Progress
 from model.errors import InputError
 from pipeline.apply import Applied, Job, Workers, apply
+from pipeline.lease import Lease
+from pipeline.ledger import new_run, recorded, rolled_back
 from pipeline.table import EmbeddingTable
 
 log = logging.getLogger(__name__)
@@ -43,14 +44,18 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
     """Bring a table up to date with a source, and publish it.
 
     Raises:
-        InputError: the source, the model, the table or the configuration is wrong.
+        InputError: the source, the model, the table or the configuration is wrong, or another run is writing.
     """
-    started = time.monotonic()
     files = list_corpus(configuration)
     model = read_model(configuration)
-    table = open_table(configuration, model)
-    run = new_run()
-    with Session(configuration) as ray_session:
+    table = open_table(configuration, model)  # refuses before anything is written
+    run, settings = new_run(), configuration.model_dump(mode="json")
+    with (
+        Lease.take(configuration.table, run) as lease,
+        recorded(configuration.table, run, "embed", configuration=settings) as entry,
+        Session(configuration) as ray_session,
+    ):
+        table = own_table(configuration, model, table, lease)
         # In this order, and in one thread: Ray starts its workers while the survey runs here, and a process that forks
         # (Ray does, to start itself) while another of its threads imports torch can hang.
         if table is None or not is_small(files):
@@ -60,20 +65,42 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
             ray_session.start()
         if table is None:
             table = create_table(configuration, model, corpus)
-        keep_record(table.uri, run, record(configuration, table, "running"))
+            table.lease = lease
+        entry.set(recipe=asdict(table.recipe), fingerprint=table.fingerprint, version_before=table.version)
+
+        began = time.monotonic()
         applied = embed_documents(configuration, model, corpus, table, run)
+        entry.set(embedding_s=round(time.monotonic() - began, 3) if applied.tokens else 0.0)
         table.commit([], corpus.plan.deleted, corpus.keys, run=run)
         status = publish(table)
-    report = make_report(corpus, table, applied, status, time.monotonic() - started)
-    kept = {
-        **record(configuration, table, status),
-        "report": asdict(report),
-        "encoder_s": round(applied.encoder_s, 3),
-        "commits": applied.commits,
-        "dead": (corpus.plan.dead + applied.dead)[:MOST_DEAD_KEPT],
-    }
-    keep_record(table.uri, run, kept)
+
+        report = make_report(corpus, table, applied, status, entry.seconds())
+        entry.set(
+            status=status,
+            report=asdict(report),
+            version=table.version,
+            published=table.published_version(),
+            tokens=applied.tokens,
+            encoder_s=round(applied.encoder_s, 3),
+            commits=applied.commits,
+            dead=(corpus.plan.dead + applied.dead)[:MOST_DEAD_KEPT],
+        )
+        if status == "published":
+            entry.set(rows=table.dataset.count_rows(), documents=table.count_documents())
     return report
+
+
+def own_table(
+    configuration: EmbedConfiguration, model: Model, table: EmbeddingTable | None, lease: Lease
+) -> EmbeddingTable | None:
+    """The table as it is now that this run is its only writer."""
+    if table is None or table.dataset.latest_version != table.version:
+        table = open_table(configuration, model)  # another run came in between
+    if table is not None:
+        table.lease = lease
+        if lease.crashed and not lease.crashed.is_dead():
+            table.claim(lease.owner.run)
+    return table
 
 
 class Session:
@@ -135,8 +162,18 @@ def embed_documents(
 
 
 def publish(table: EmbeddingTable) -> str:
-    """Move the tag to this version; the status of the run."""
-    if table.published_version() == table.version:
+    """Move the tag to this version, unless readers see it or a rollback took it back; the status of the run."""
+    published = table.published_version()
+    if published == table.version:
+        return "unchanged"
+    if published is not None and rolled_back(table.uri, table.version, published):
+        log.warning(
+            "readers stay at version %s, where a rollback put them, until a run changes the table; "
+            "`nightloom rollback %s %d` shows the newest again",
+            published,
+            table.uri,
+            table.version,
+        )
         return "unchanged"
     table.publish()
     return "published"
@@ -165,18 +202,6 @@ def make_report(corpus: Corpus, table: EmbeddingTable, applied: Applied, status:
         seconds=round(seconds, 3),
         tokens_per_s=round(applied.tokens / max(seconds, 1e-9), 1),
     )
-
-
-def record(configuration: EmbedConfiguration, table: EmbeddingTable, status: str) -> dict[str, Any]:
-    """What is kept of a run: enough to repeat it. Credentials are no part of a configuration."""
-    return {
-        "job": "embed",
-        "status": status,
-        "configuration": configuration.model_dump(mode="json"),
-        "recipe": asdict(table.recipe),
-        "fingerprint": table.fingerprint,
-        "version": table.version,
-    }
 
 
 def lasting_name(model: str) -> str:

@@ -1,5 +1,4 @@
-"""What a job says about itself: the report, its summary for people, progress while it runs, and the record kept beside
-the table.
+"""What a job says about itself: the report, its summary for people, and progress while it runs.
 
 Reports go to stdout, everything else to stderr. The numbers must add up: a report that does not account for every
 document that was read is a fault of ours, and raises.
@@ -8,17 +7,8 @@ document that was read is a fault of ours, and raises.
 import json
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from typing import Any
-
-from pyarrow.fs import FileSelector, LocalFileSystem
-
-from pipeline import storage
-
-RECORDS = "_runs"
-"""Folder in the table with one JSON file for every run. Lance leaves folders alone that it does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,29 +82,6 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def new_run() -> str:
-    """The name of a run: its start in UTC to the microsecond; sorts by time."""
-    return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-
-
-def keep_record(table: str, run: str, record: Mapping[str, Any]) -> None:
-    """Keep what is known of a run beside its table; called when it starts and again when it ends."""
-    files, path = storage.filesystem(table)
-    folder = f"{path.rstrip('/')}/{RECORDS}"
-    if isinstance(files, LocalFileSystem):  # object stores have no folders
-        files.create_dir(folder, recursive=True)
-    with files.open_output_stream(f"{folder}/{run}.json") as stream:
-        stream.write(json.dumps({"run": run, **record}, indent=1, sort_keys=True).encode())
-
-
-def read_records(table: str) -> list[dict[str, Any]]:
-    """The records of all runs, oldest first."""
-    files, path = storage.filesystem(table)
-    selector = FileSelector(f"{path.rstrip('/')}/{RECORDS}", allow_not_found=True)
-    names = sorted(info.path for info in files.get_file_info(selector) if info.path.endswith(".json"))
-    return [json.loads(files.open_input_stream(name).read()) for name in names]
 
 
 class Progress:

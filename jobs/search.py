@@ -11,10 +11,10 @@ from typing import Any
 
 from jobs.configuration import ColumnSettings
 from jobs.plan import read_columns
-from jobs.report import read_records
 from model.errors import InputError
 from model.folder import tokenizer_hash, weights_hash
 from pipeline.documents import DocumentColumns, read_documents
+from pipeline.ledger import read_records
 from pipeline.storage import list_sources, local_model
 from pipeline.table import PUBLISHED, EmbeddingTable
 
@@ -159,12 +159,11 @@ def read_texts(table: EmbeddingTable, rows: Sequence[dict[str, Any]]) -> dict[st
 
 def columns_of(table: EmbeddingTable) -> DocumentColumns:
     """Which columns the last run read."""
-    records = read_records(table.uri)
-    return (
-        read_columns(ColumnSettings.model_validate_json(json.dumps(records[-1]["configuration"]["columns"])))
-        if records
-        else DocumentColumns()
-    )
+    for record in reversed(read_records(table.uri)):
+        if "configuration" in record:
+            columns = json.dumps(record["configuration"]["columns"])
+            return read_columns(ColumnSettings.model_validate_json(columns))
+    return DocumentColumns()
 
 
 def snippet(text: str | None, start: int, end: int) -> str | None:

@@ -12,6 +12,9 @@ import numpy as np
 
 from model.errors import InputError
 
+WHOLE = -1
+"""The `chunk` of a vector that stands for the whole document."""
+
 # A heading or a blank line; a full stop, question or exclamation mark with what closes it; the wide marks of Chinese
 # and Japanese, which no space follows; the end of a line. "e.g. this" is no end: a small letter follows.
 PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*|\n(?=#{1,6} )")

@@ -24,10 +24,9 @@ import torch
 from model.batch import PackedBatch
 from model.embedder import TOKENS_PER_BATCH, Embedder
 from model.errors import InputError
-from pipeline.chunks import ChunkingConfig, Windows, plan_windows
+from pipeline.chunks import WHOLE, ChunkingConfig, Windows, plan_windows
 from pipeline.packing import gather, look_ahead, plan_bins
 from pipeline.storage import local_model
-from pipeline.tokens import WHOLE
 
 log = logging.getLogger(__name__)
 

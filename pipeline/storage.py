@@ -335,8 +335,16 @@ def _etag(info: dict[str, Any]) -> str | None:
 
 def first_words(error: BaseException) -> str:
     """The first line of an error, without any credential of the settings in use."""
-    lines = str(error).strip().splitlines()
-    text = lines[0][:200] if lines else type(error).__name__
+    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+
+
+def last_words(error: BaseException) -> str:
+    """The last line of an error (what Ray wraps ends with its cause), without any credential."""
+    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[-1][:500])
+
+
+def without_secrets(text: str) -> str:
+    """A text without any credential of the settings in use."""
     settings = s3_settings()
     for secret in (settings.secret_key, settings.session_token, settings.access_key):
         if secret:

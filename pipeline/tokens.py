@@ -13,14 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from model.folder import check_tokenizer, load_tokenizer, read_folder
-from pipeline.chunks import ChunkingConfig, chunk_spans
+from pipeline.chunks import WHOLE, ChunkingConfig, chunk_spans
 from pipeline.storage import local_model
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-
-WHOLE = -1
-"""The `chunk` of a vector that stands for the whole document."""
 
 
 class TokenizeStage:

@@ -15,8 +15,8 @@ import pytest
 
 from jobs.configuration import EmbedConfiguration, load
 from jobs.embed import run_embed
-from jobs.report import read_records
 from model.errors import InputError
+from pipeline.ledger import read_records
 from pipeline.table import PUBLISHED, EmbeddingTable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,7 +171,7 @@ def test_killed_run_is_taken_up(tmp_path, tiny_model_folder):
     half = vectors(table, version=None)
     assert 0 < len(half) < 30
     assert EmbeddingTable.open(str(table)).published_version() is None
-    assert [record["status"] for record in read_records(str(table))] == ["running"]
+    assert [record["status"] for record in read_records(str(table))] == ["crashed"]
 
     report = run_embed(configured(source, table, tiny_model_folder))
     assert report.unchanged >= len(half)

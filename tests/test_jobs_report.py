@@ -1,11 +1,11 @@
-"""Reports add up or refuse to exist; summaries say what matters; records survive beside the table."""
+"""Reports add up or refuse to exist; summaries say what matters."""
 
 import json
 from dataclasses import replace
 
 import pytest
 
-from jobs.report import REPORT_KEYS, EmbedReport, Progress, clock, keep_record, new_run, read_records
+from jobs.report import REPORT_KEYS, EmbedReport, Progress, clock
 
 REPORT = EmbedReport(
     job="embed",
@@ -57,17 +57,6 @@ def test_summary_leads_with_the_outcome():
 )
 def test_clock(seconds, text):
     assert clock(seconds) == text
-
-
-def test_records_are_kept_in_order_and_rewritten(tmp_path):
-    table = str(tmp_path / "table.lance")
-    first, second = new_run(), new_run()
-    assert first < second
-    assert read_records(table) == []
-    keep_record(table, second, {"status": "running"})
-    keep_record(table, first, {"status": "published"})
-    keep_record(table, second, {"status": "published", "report": {"read": 1}})
-    assert [(r["run"], r["status"]) for r in read_records(table)] == [(first, "published"), (second, "published")]
 
 
 def test_progress_lines_where_there_is_no_terminal(capsys):

@@ -1,0 +1,143 @@
+"""The ledger of a table: one record for each run that wrote to it, `TABLE/_runs/RUN.json`.
+
+A record is written when a run begins and again when it ends, however it ends. A run that was killed could not do the
+second: who reads its record sees that it is running while its lease is not held any more, and calls it crashed.
+"""
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from pyarrow.fs import FileSelector, LocalFileSystem
+
+from pipeline import storage
+from pipeline.lease import holder
+
+log = logging.getLogger(__name__)
+
+RECORDS = "_runs"
+"""Folder in the table."""
+RUNNING, FAILED, INTERRUPTED, CRASHED = "running", "failed", "interrupted", "crashed"
+"""What a run's record says beside the statuses of reports."""
+ROLLED_BACK = "rolled back"
+RUNS_OF_THROUGHPUT = 10
+"""Runs that `past_throughput` goes by: machines and corpora change."""
+
+
+def new_run() -> str:
+    """The name of a run: its start in UTC to the microsecond; sorts by time."""
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+
+
+@dataclass(slots=True)
+class Entry:
+    """The record of a run that is under way. What is set is kept when it ends."""
+
+    table: str
+    run: str
+    facts: dict[str, Any]
+    begun: float = field(default_factory=time.monotonic)
+
+    def set(self, **facts: Any) -> None:
+        """Add to the record: JSON values."""
+        self.facts |= facts
+
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.begun, 3)
+
+    def keep(self) -> None:
+        """Write the record as it is now."""
+        keep_record(self.table, self.run, self.facts)
+
+
+@contextmanager
+def recorded(table: str, run: str, job: str, **facts: Any) -> Iterator[Entry]:
+    """Keep a record of what happens in the block; needs the table's lease. The block sets `status`.
+
+    An error or an interruption ends the record as `failed` or `interrupted`, with one line about it.
+    """
+    about = {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "started": utc()}
+    entry = Entry(table, run, {**about, "status": RUNNING, **facts})
+    entry.keep()
+    try:
+        yield entry
+    except BaseException as error:
+        status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+        entry.set(status=status, error=storage.last_words(error), ended=utc(), seconds=entry.seconds())
+        try:
+            entry.keep()
+        except Exception as second:
+            log.warning("the record of run %s is not kept: %s", run, storage.first_words(second))
+        raise
+    assert entry.facts["status"] != RUNNING, "a run ends with a status"
+    entry.set(ended=utc(), seconds=entry.seconds())
+    entry.keep()
+
+
+def utc() -> str:
+    """Now, as 2026-11-23T18:00:00Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def keep_record(table: str, run: str, record: dict[str, Any]) -> None:
+    """Write a record, in place of what was there."""
+    files, path = storage.filesystem(table)
+    target = f"{path.rstrip('/')}/{RECORDS}/{run}.json"
+    body = json.dumps({"run": run, **record}, indent=1, sort_keys=True).encode()
+    if not isinstance(files, LocalFileSystem):
+        with files.open_output_stream(target) as stream:
+            stream.write(body)
+        return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    draft = f"{target}.draft"
+    with open(draft, "wb") as file:
+        file.write(body)
+    os.replace(draft, target)  # a reader, or a crash, finds a whole record
+
+
+def read_records(table: str, *, last: int | None = None) -> list[dict[str, Any]]:
+    """The records of all runs, or of the `last` ones, oldest first; `crashed` where one cannot be running any more."""
+    files, path = storage.filesystem(table)
+    selector = FileSelector(f"{path.rstrip('/')}/{RECORDS}", allow_not_found=True)
+    names = sorted(info.path for info in files.get_file_info(selector) if info.path.endswith(".json"))
+    names = names if last is None else names[max(len(names) - last, 0) :]
+    records = [json.loads(files.open_input_stream(name).read()) for name in names]
+    if any(record["status"] == RUNNING for record in records):
+        writer = holder(table)
+        for at, name in enumerate(names):
+            if records[at]["status"] == RUNNING and (writer is None or writer.run != records[at]["run"]):
+                # It may have ended since it was read.
+                records[at] = json.loads(files.open_input_stream(name).read())
+                if records[at]["status"] == RUNNING:
+                    records[at]["status"] = CRASHED
+    return records
+
+
+def rolled_back(table: str, newest: int, published: int) -> bool:
+    """Whether readers are at `published` because a rollback put them there, with `newest` as the newest version."""
+    for record in reversed(read_records(table)):
+        if record["status"] == "published":
+            return False
+        if record["status"] == ROLLED_BACK:
+            return (record["version"], record["published"]) == (newest, published)
+    return False
+
+
+def past_throughput(table: str) -> float | None:
+    """Tokens that past runs embedded per second of the time that they spent embedding, start of the workers included.
+
+    None where no run has embedded anything yet.
+    """
+    tokens = seconds = 0.0
+    for record in read_records(table, last=RUNS_OF_THROUGHPUT):
+        if record.get("embedding_s"):
+            tokens += record["tokens"]
+            seconds += record["embedding_s"]
+    return tokens / seconds if tokens else None
