@@ -6,7 +6,8 @@ folder then answers in seconds, because neither Ray nor torch is started.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,22 @@ from model.folder import (
 from pipeline.chunks import ChunkingConfig
 from pipeline.columns import DocumentColumns
 from pipeline.documents import check_source, document_schema
+from pipeline.keys import Keys
 from pipeline.recipe import Recipe
 from pipeline.storage import SourceFile, is_s3, list_sources, local_model
-from pipeline.survey import FileSurvey, Plan, make_plan, read_work, survey_file, work_tables
-from pipeline.table import EmbeddingTable, Keys
+from pipeline.survey import Options, Plan, RayTasks, Tasks, make_plan
+from pipeline.table import EmbeddingTable
 from pipeline.tokens import TokenizeStage
+from pipeline.work import read_work
 
 SMALL_CORPUS_BYTES = 64_000_000
 """Up to here the survey takes about as long as starting Ray would."""
 EXACT_CHARS = 4_000_000
-"""Text up to which `plan` counts every token; beyond, it counts a sample of about this much."""
+"""Bytes of text up to which `plan` counts every token; beyond, it counts a sample of about this much."""
+SAMPLES = 16
+"""Places that the sample is taken from."""
+LEAST_CHARS = 400_000
+"""Bytes of text that one reading task gets at least, unless compute.block_chars says something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +53,9 @@ class Corpus:
 
     files: list[SourceFile]
     columns: DocumentColumns
+    carried: list[pa.Field]
+    """The carried columns as the table has them, or is to have them."""
     table: EmbeddingTable | None
-    keys: Keys
     plan: Plan
 
 
@@ -148,40 +156,38 @@ def shown(names: Sequence[str]) -> str:
 
 
 def survey_corpus(
-    configuration: EmbedConfiguration, files: list[SourceFile], table: EmbeddingTable | None, *, in_process: bool
+    configuration: EmbedConfiguration,
+    files: list[SourceFile],
+    table: EmbeddingTable | None,
+    *,
+    in_process: bool,
+    keep: bool = False,
+    letters: Keys | None = None,
 ) -> Corpus:
-    """Read every source file once and compare it with the table; in Ray tasks unless `in_process`.
+    """Compare every source file with the table, reading those that changed; in Ray tasks unless `in_process`.
+
+    Args:
+        keep: whether to record beside the table what the files hold, so that they need not be read again.
+        letters: documents that failed before, and the text they failed with.
 
     Raises:
         InputError: a file that cannot be read, a column that is missing.
     """
     columns = read_columns(configuration.columns)
-    keys = table.keys() if table else Keys.empty()
-    if in_process:
-        surveys = [survey_file(file, columns, keys) for file in files]
-    else:
-        surveys = survey_with_ray(files, columns, keys)
-    return Corpus(files, columns, table, keys, make_plan(surveys, keys, delete_missing=configuration.delete_missing))
-
-
-def survey_with_ray(files: list[SourceFile], columns: DocumentColumns, keys: Keys) -> list[FileSurvey]:
-    """`survey_file` over all files as Ray tasks; the keys lie in the object store once for each node."""
-    import ray
-
-    @ray.remote
-    def survey(part: list[SourceFile], keys: Keys) -> list[FileSurvey]:
-        return [survey_file(file, columns, keys) for file in part]
-
-    shared = ray.put(keys)
-    parts: list[list[SourceFile]] = [[]]
-    size = 0
-    for file in files:
-        parts[-1].append(file)
-        size += file.size
-        if size >= SMALL_CORPUS_BYTES // 4:
-            parts.append([])
-            size = 0
-    return [survey for part in ray.get([survey.remote(part, shared) for part in parts if part]) for survey in part]
+    fields = carried_fields(files, columns, table)
+    columns = replace(columns, carry_types=tuple(field.type for field in fields))
+    options = Options(delete_missing=configuration.delete_missing, letters=letters or Keys.empty())
+    plan = make_plan(
+        files,
+        columns,
+        configuration.table,
+        table,
+        options,
+        Tasks() if in_process else RayTasks(),
+        least_chars=configuration.compute.block_chars or LEAST_CHARS,
+        keep=keep,
+    )
+    return Corpus(files, columns, fields, table, plan)
 
 
 def list_corpus(configuration: EmbedConfiguration) -> list[SourceFile]:
@@ -203,29 +209,34 @@ def is_small(files: Sequence[SourceFile]) -> bool:
     return sum(file.size for file in files) <= SMALL_CORPUS_BYTES
 
 
-def carried_fields(corpus: Corpus) -> list[pa.Field]:
-    """The carried columns, with the types that they have in the first file."""
-    if not corpus.columns.carry:
+def carried_fields(
+    files: Sequence[SourceFile], columns: DocumentColumns, table: EmbeddingTable | None
+) -> list[pa.Field]:
+    """The carried columns, with the types of the table, or those of the first file where there is none yet."""
+    if not columns.carry:
         return []
-    schema = document_schema(corpus.files[0], corpus.columns)
-    return [schema.field(name) for name in corpus.columns.carry]
+    schema = table.schema if table else document_schema(files[0], columns)
+    return [schema.field(name) for name in columns.carry]
 
 
 def count_tokens(corpus: Corpus, model: Model) -> tuple[int, bool]:
     """(tokens of the text to embed, whether that is exact); beyond EXACT_CHARS it goes by a sample over the files."""
-    work = corpus.plan.work
-    stride = max(1, -(-corpus.plan.chars // EXACT_CHARS))
+    work, chars = corpus.plan.work, corpus.plan.chars
+    exact = chars <= EXACT_CHARS
     stage = TokenizeStage(model.path, model.chunking, model.prompt)
+    # The beginnings of some tables all over the plan.
+    chosen = work if exact else work[:: -(-len(work) // SAMPLES)]
+    most = EXACT_CHARS // len(chosen)
     tokens = bytes_read = 0
-    for items in work_tables(work, EXACT_CHARS // 8)[::stride]:
-        for documents in read_work(items, corpus.columns, EXACT_CHARS // 8):
-            bytes_read += documents["text"].nbytes
+    for item in chosen:
+        here = 0
+        for documents in read_work(item.load(), corpus.columns, most):
+            here += documents["text"].nbytes
             tokens += sum(len(row) for row in stage(documents)["tokens"])
-            if stride > 1 and bytes_read >= EXACT_CHARS:
-                return round(tokens * corpus.plan.chars / bytes_read), False
-    if stride > 1:
-        return round(tokens * corpus.plan.chars / max(bytes_read, 1)), False
-    return tokens, True
+            if not exact and here >= most:
+                break
+        bytes_read += here
+    return (tokens, True) if exact else (round(tokens * chars / max(bytes_read, 1)), False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,13 +279,11 @@ def run_plan(configuration: EmbedConfiguration) -> PlanReport:
     files = list_corpus(configuration)
     model = read_model(configuration)
     table = open_table(configuration, model)
-    if is_small(files):
-        corpus = survey_corpus(configuration, files, table, in_process=True)
-    else:
-        with session(configuration.compute.address, num_cpus=local_cpus()):
-            corpus = survey_corpus(configuration, files, table, in_process=False)
+    small = is_small(files)
+    with nullcontext() if small else session(configuration.compute.address, num_cpus=local_cpus()):
+        corpus = survey_corpus(configuration, files, table, in_process=small)
+        tokens, exact = count_tokens(corpus, model) if corpus.plan.work else (0, True)
     counts: dict[str, Any] = dict(corpus.plan.counts)
-    tokens, exact = count_tokens(corpus, model) if corpus.plan.work else (0, True)
     return PlanReport(
         job="plan",
         status="done",

@@ -7,7 +7,7 @@ the table has for it.
 import hashlib
 import itertools
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,10 @@ class DocumentColumns:
     carry_types: tuple[pa.DataType, ...] | None = None
     """What `carry` is cast to: a table has one type for a column, files may have several. None leaves Parquet's types
     as they are and takes JSON's values as strings."""
+
+    def bare(self) -> "DocumentColumns":
+        """The same without the carried columns."""
+        return replace(self, carry=(), carry_types=None)
 
     def text_columns(self) -> tuple[str, ...]:
         """The columns that the text is made of.

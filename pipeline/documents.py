@@ -34,7 +34,12 @@ BYTES_PER_TABLE = 16 << 20
 
 
 def read_documents(
-    file: SourceFile, columns: DocumentColumns, *, rows: np.ndarray | None = None, rows_per_table: int = 1024
+    file: SourceFile,
+    columns: DocumentColumns,
+    *,
+    rows: np.ndarray | None = None,
+    rows_per_table: int = 1024,
+    with_carried: bool = True,
 ) -> Iterator[pa.Table]:
     """Read one file from its beginning to its end, or some rows of it.
 
@@ -42,6 +47,7 @@ def read_documents(
         rows: int64, ascending numbers of the rows that are wanted; the others are left out. Row groups of Parquet
             that hold none of them are not read, lines of JSON not parsed.
         rows_per_table: most rows of a table; it ends earlier when its text reaches `BYTES_PER_TABLE`.
+        with_carried: without, the carried columns must be there but are not read.
 
     Yields:
         Tables with the columns `COLUMNS` and the carried ones, in the order of the file.
@@ -51,7 +57,7 @@ def read_documents(
             carried column that cannot be cast.
     """
     read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "text": _read_text}[file.format]
-    for table in read(file, columns, rows, rows_per_table):
+    for table in read(file, columns, rows, rows_per_table, with_carried):
         sizes = pc.binary_length(table["text"]).to_numpy()
         for part in look_ahead(sizes, BYTES_PER_TABLE):
             yield table.slice(part.start, part.stop - part.start)
@@ -65,7 +71,7 @@ def check_source(file: SourceFile, columns: DocumentColumns) -> None:
     """
     document_schema(file, columns)
     if file.format == "jsonl":
-        next(_read_jsonl(file, columns, None, 1), None)
+        next(_read_jsonl(file, columns, None, 1, False), None)
 
 
 def document_schema(file: SourceFile, columns: DocumentColumns) -> pa.Schema:
@@ -86,8 +92,8 @@ def document_schema(file: SourceFile, columns: DocumentColumns) -> pa.Schema:
 # Parquet
 
 
-def _open_parquet(file: SourceFile, columns: DocumentColumns) -> tuple[pq.ParquetFile, list[str], str | None]:
-    """The open file, the columns to read, and which of them is the id."""
+def _open_parquet(file: SourceFile, columns: DocumentColumns) -> tuple[pq.ParquetFile, str | None]:
+    """The open file, which has the columns, and which of its columns is the id."""
     wanted = columns.text_columns()
     try:
         files, path = filesystem(file.path)
@@ -110,13 +116,15 @@ def _open_parquet(file: SourceFile, columns: DocumentColumns) -> tuple[pq.Parque
             )
     for name, kind in zip(columns.carry, columns.carry_types or (), strict=columns.carry_types is not None):
         cast_carried(pa.nulls(0, plain_type(schema.field(name).type)), kind, name, file)
-    return opened, list(dict.fromkeys([*wanted, *columns.carry, *([id_column] if id_column else [])])), id_column
+    return opened, id_column
 
 
 def _read_parquet(
-    file: SourceFile, columns: DocumentColumns, rows: np.ndarray | None, rows_per_table: int
+    file: SourceFile, columns: DocumentColumns, rows: np.ndarray | None, rows_per_table: int, with_carried: bool
 ) -> Iterator[pa.Table]:
-    opened, names, id_column = _open_parquet(file, columns)
+    opened, id_column = _open_parquet(file, columns)
+    columns = columns if with_carried else columns.bare()
+    names = list(dict.fromkeys([*columns.text_columns(), *columns.carry, *([id_column] if id_column else [])]))
     rows_per_batch = _rows_per_batch(opened, names, rows_per_table)
     meta = opened.metadata
     first = 0
@@ -160,6 +168,23 @@ def _parquet_tables(
         yield document_table(file, columns, numbers, ids, text, pa.nulls(len(batch), pa.string()), carried)
 
 
+def row_group_sizes(file: SourceFile, columns: DocumentColumns) -> list[tuple[int, int]]:
+    """(rows, compressed bytes of the columns that are read) of each row group.
+
+    Raises:
+        InputError: as `read_documents`.
+    """
+    opened, id_column = _open_parquet(file, columns)
+    names = {*columns.text_columns(), *([id_column] if id_column else [])}
+    sizes = []
+    for i in range(opened.metadata.num_row_groups):
+        group = opened.metadata.row_group(i)
+        chunks = [group.column(k) for k in range(group.num_columns)]
+        size = sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] in names)
+        sizes.append((group.num_rows, size))
+    return sizes
+
+
 def _rows_per_batch(opened: pq.ParquetFile, names: list[str], rows_per_table: int) -> int:
     """So many rows that a batch of average rows has about BYTES_PER_TABLE."""
     meta = opened.metadata
@@ -174,10 +199,12 @@ def _rows_per_batch(opened: pq.ParquetFile, names: list[str], rows_per_table: in
 
 
 def _read_jsonl(
-    file: SourceFile, columns: DocumentColumns, wanted: np.ndarray | None, rows_per_table: int
+    file: SourceFile, columns: DocumentColumns, wanted: np.ndarray | None, rows_per_table: int, with_carried: bool
 ) -> Iterator[pa.Table]:
     texts = columns.text_columns()
     id_field = "id" if columns.id in (None, "auto") else columns.id
+    required = [*texts, *columns.carry, *([] if columns.id in (None, "auto") else [id_field])]
+    columns = columns if with_carried else columns.bare()
     names = dict.fromkeys([*texts, *columns.carry, id_field])
     rows: list[tuple[dict[str, Any], str | None]] = []
     numbers: list[int] = []
@@ -193,7 +220,6 @@ def _read_jsonl(
         value, error = _parse(line, number)
         if error is None and not seen:
             seen = True
-            required = [*texts, *columns.carry, *([] if columns.id in (None, "auto") else [id_field])]
             if absent := [name for name in required if name not in value]:
                 raise InputError(
                     f"{file.path} has no field {absent[0]!r}; line {number + 1} has {', '.join(value) or 'none'}"
@@ -260,10 +286,11 @@ def _as_string(value: Any) -> str | None:
 
 
 def _read_text(
-    file: SourceFile, columns: DocumentColumns, rows: np.ndarray | None, rows_per_table: int
+    file: SourceFile, columns: DocumentColumns, rows: np.ndarray | None, rows_per_table: int, with_carried: bool
 ) -> Iterator[pa.Table]:
     if rows is not None and not len(rows):
         return
+    columns = columns if with_carried else columns.bare()
     text, error = "", None
     files, path = filesystem(file.path)
     try:

@@ -1,74 +1,95 @@
 """The survey: what a corpus holds against what a table holds, before anything is embedded.
 
-Every file is read once for ids and hashes only (`survey_file`, on any worker). Text never reaches the driver, which
-puts the hashes together (`make_plan`). That an id occurs twice can only be seen over the whole corpus: so this is a
-pass of its own, and it says how much work there is before the first encoder is started.
+That an id occurs twice can only be seen over the whole corpus, so this is a pass of its own. It is done in partitions
+of the id space: every file's documents are dealt out by their ids, every partition is compared by itself, and what is
+to be embedded is put together again by file. All of it happens in tasks (`Tasks`); the driver holds references, counts
+and the keys of the documents whose rows have to go.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline.columns import DocumentColumns, is_empty
-from pipeline.documents import read_documents
+from pipeline.columns import DocumentColumns
+from pipeline.keys import KEY, Keys, is_among
+from pipeline.packing import look_ahead
+from pipeline.sources import DEAD as UNREADABLE
+from pipeline.sources import EMPTY as BLANK
+from pipeline.sources import TEXT, FilePart, Holding, Recorded, Records, read_part, read_recorded, record, split_files
 from pipeline.storage import SourceFile
-from pipeline.table import KEY, Keys, as_keys, hash_ids, is_among
+from pipeline.table import EmbeddingTable
+from pipeline.work import CHARS_PER_TABLE, ROW_BITS, Todo, WorkTable, cut_work
 
 NEW, CHANGED, UNCHANGED, EMPTY, DUPLICATE, DEAD = range(6)
 STATUS_NAMES = ("new", "changed", "unchanged", "empty", "duplicate", "dead")
+URGENT, USUAL, BACKFILL = range(3)
+"""In this order: readers see outdated vectors of what changed, none of what is new, and good ones of another recipe
+of what only has to be embedded again."""
+
+BYTES_PER_GROUP = 16_000_000
+"""Source files that one task surveys."""
+BYTES_PER_PARTITION = 8_000_000_000
+"""Of the source; a partition's task takes about 200 bytes of memory for each document."""
+ROWS_PER_KEYS = 1_000_000
+"""Rows of the table whose keys one task reads."""
 
 
 @dataclass(frozen=True, slots=True)
-class FileSurvey:
-    """One file's documents in their order: 21 bytes each."""
+class Documents:
+    """Documents of some files, in any order: 45 bytes each."""
 
-    file: SourceFile
+    places: np.ndarray
+    """int64: file number << ROW_BITS | row."""
     ids: np.ndarray
-    """S16, hashes of the ids."""
-    status: np.ndarray
-    """uint8, one of NEW, CHANGED, UNCHANGED, EMPTY, DEAD; duplicates are not known yet."""
+    hashes: np.ndarray
     chars: np.ndarray
-    """int32, bytes of text, which is what work is measured by."""
-    dead: list[dict[str, str]]
-    """id, source and error of the rows that could not be read."""
+    kinds: np.ndarray
 
+    @classmethod
+    def of(cls, holdings: Sequence[Holding]) -> "Documents":
+        places = [np.arange(len(h.ids)) + ((h.number << ROW_BITS) + h.first_row) for h in holdings]
+        return cls(
+            np.concatenate([np.empty(0, np.int64), *places]),
+            np.concatenate([np.empty(0, KEY), *(h.ids for h in holdings)]),
+            np.concatenate([np.empty(0, KEY), *(h.hashes for h in holdings)]),
+            np.concatenate([np.empty(0, np.int32), *(h.chars for h in holdings)]),
+            np.concatenate([np.empty(0, np.uint8), *(h.kinds for h in holdings)]),
+        )
 
-def survey_file(file: SourceFile, columns: DocumentColumns, keys: Keys) -> FileSurvey:
-    """Compare the documents of a file with a table."""
-    ids, status, chars = [], [], []
-    dead: list[dict[str, str]] = []
-    for table in read_documents(file, columns):
-        hashed = hash_ids(table["document_id"])
-        hashes = as_keys(table["text_hash"])
-        kind = np.where(keys.known(hashed), CHANGED, NEW).astype(np.uint8)
-        kind[keys.unchanged(hashed, hashes)] = UNCHANGED
-        kind[is_empty(table).to_numpy(zero_copy_only=False)] = EMPTY
-        failed = pc.is_valid(table["error"])
-        kind[failed.to_numpy()] = DEAD
-        dead += table.filter(failed).select(["document_id", "source", "error"]).to_pylist()
-        ids.append(hashed)
-        status.append(kind)
-        chars.append(np.minimum(pc.binary_length(table["text"]).to_numpy(), np.iinfo(np.int32).max).astype(np.int32))
-    if not ids:
-        return FileSurvey(file, np.empty(0, KEY), np.empty(0, np.uint8), np.empty(0, np.int32), dead)
-    return FileSurvey(file, np.concatenate(ids), np.concatenate(status), np.concatenate(chars), dead)
+    def take(self, at: np.ndarray) -> "Documents":
+        return Documents(self.places[at], self.ids[at], self.hashes[at], self.chars[at], self.kinds[at])
 
 
 @dataclass(frozen=True, slots=True)
-class FileWork:
-    """The documents of one file that are to be embedded."""
+class Options:
+    """What decides a plan beside the corpus and the table."""
 
-    file: SourceFile
-    rows: np.ndarray
-    """int64, their row numbers, ascending."""
-    ids: np.ndarray
-    """S16, the hashes of their ids, in the same order."""
-    chars: int
-    """Bytes of their text."""
+    delete_missing: bool = False
+    letters: Keys = field(default_factory=Keys.empty)
+    """Documents that failed, and the text they failed with: they count as dead and are left alone."""
+    backfill: Keys = field(default_factory=Keys.empty)
+    """Documents that readers have vectors of, under another recipe: they can wait."""
+    num_partitions: int = 1
+    ranges: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
+    """int64: the listing is cut at these file numbers when work is put together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one partition came to."""
+
+    counts: np.ndarray
+    """int64, one for each status."""
+    amounts: np.ndarray
+    """int64 (urgencies, ranges, 2): documents to embed and their bytes, by urgency and range of files."""
+    removals: Keys
+    deleted: np.ndarray
+    buried: np.ndarray
+    seen: np.ndarray
+    held: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +98,25 @@ class Plan:
 
     counts: dict[str, int]
     """Documents read, by what they are; the values of STATUS_NAMES add up to `read`."""
-    work: list[FileWork]
-    replaced: np.ndarray
-    """S16, sorted: documents in the table whose rows go when their new ones come."""
+    work: list[WorkTable]
+    """What is to be embedded, the most urgent first; positions count through it."""
+    removals: Keys
+    """Of documents in the table whose rows go: when their new ones come, or because they are `deleted`."""
     deleted: np.ndarray
     """S16, sorted: documents in the table that are to be removed: vanished (where asked for), or empty by now."""
     dead: list[dict[str, str]]
     """id, source, stage and error of the rows that could not be read."""
-    embedded: np.ndarray = field(init=False)
-    """S16, sorted: every document that is to be embedded."""
+    buried: np.ndarray = field(default_factory=lambda: np.empty(0, KEY))
+    """S16, sorted: documents that are left alone because they failed before, with this very text."""
+    seen: np.ndarray = field(default_factory=lambda: np.empty(0, KEY))
+    """S16, sorted: documents that failed before, and are there, with whatever text."""
+    held: int = 0
+    """Documents that the table held before."""
 
-    def __post_init__(self) -> None:
-        ids = [work.ids for work in self.work]
-        object.__setattr__(self, "embedded", np.sort(np.concatenate(ids)) if ids else np.empty(0, KEY))
+    @property
+    def num_documents(self) -> int:
+        """Documents to embed."""
+        return sum(work.documents for work in self.work)
 
     @property
     def chars(self) -> int:
@@ -97,102 +124,238 @@ class Plan:
         return sum(work.chars for work in self.work)
 
 
-def make_plan(surveys: Sequence[FileSurvey], keys: Keys, *, delete_missing: bool) -> Plan:
-    """Put the surveys of all files, in the order of the source, together.
+class Tasks:
+    """Where the survey's steps run: here, at once."""
+
+    def put(self, value: Any) -> Any:
+        """Something that several steps get."""
+        return value
+
+    def call(self, step: Callable[..., Any], *arguments: Any, results: int) -> list[Any]:
+        """The results of a step, or references to them, which other steps take as arguments."""
+        return list(step(*arguments))
+
+    def stream(self, step: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+        """What a step yields, or references to it."""
+        return step(*arguments)
+
+    def get(self, reference: Any) -> Any:
+        return reference
+
+
+class RayTasks(Tasks):
+    """The same in Ray tasks. A reference stands for a value that may never come to this process."""
+
+    def put(self, value: Any) -> Any:
+        import ray
+
+        return ray.put(value)
+
+    def call(self, step: Callable[..., Any], *arguments: Any, results: int) -> list[Any]:
+        import ray
+
+        found = ray.remote(step).options(num_returns=results).remote(*arguments)
+        return found if isinstance(found, list) else [found]
+
+    def stream(self, step: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+        import ray
+
+        return ray.remote(step).options(num_returns="streaming").remote(*arguments)
+
+    def get(self, reference: Any) -> Any:
+        import ray
+
+        return ray.get(reference)
+
+
+def make_plan(
+    files: Sequence[SourceFile],
+    columns: DocumentColumns,
+    uri: str,
+    table: EmbeddingTable | None,
+    options: Options,
+    tasks: Tasks,
+    *,
+    least_chars: int,
+    keep: bool,
+) -> Plan:
+    """Compare the files of a source with a table.
+
+    Args:
+        files: sorted; of documents with the same id the first counts.
+        uri: of the table, which does not exist before the first run.
+        least_chars: bytes of text that a table of work has at least, unless there is no more.
+        keep: whether to record beside the table what files hold.
+
+    Raises:
+        InputError: a file that cannot be read, a column that is missing.
+    """
+    records = Records(uri, files, columns)
+    ends = np.cumsum([0, *(file.size for file in files)])
+    num_partitions = int(min(max(ends[-1] // BYTES_PER_PARTITION, 1), 256))
+    cuts = np.unique(np.searchsorted(ends, np.arange(0, ends[-1], BYTES_PER_PARTITION), side="left"))
+    ranges = np.append(cuts, len(files))
+    options = replace(options, num_partitions=max(options.num_partitions, num_partitions), ranges=ranges)
+    num_partitions = options.num_partitions
+
+    groups = [*records.found, *grouped(split_files(records.unknown, columns))]
+    shared = tasks.put(columns)
+    surveys = [
+        tasks.call(survey_files, group, shared, uri, keep, num_partitions, results=num_partitions + 1)
+        for group in groups
+    ]
+    held = []
+    if table is not None:
+        held = [
+            tasks.call(survey_table, table.uri, table.version, some, num_partitions, results=num_partitions + 1)
+            for some in table.fragment_groups(ROWS_PER_KEYS)
+        ]
+    dead = [{**row, "stage": "read"} for survey in surveys for row in tasks.get(survey[0])]
+    shared = tasks.put(options)
+    compared = [
+        tasks.call(compare, shared, i, len(surveys), *(s[i + 1] for s in surveys), *(h[i + 1] for h in held), results=2)
+        for i in range(num_partitions)
+    ]
+    del surveys, held
+    outcomes = [tasks.get(outcome) for outcome, _ in compared]
+    todos = [todo for _, todo in compared]
+    amounts = sum((outcome.amounts for outcome in outcomes), start=np.zeros_like(outcomes[0].amounts))
+    chars_per_table = max(least_chars, min(CHARS_PER_TABLE, int(amounts[:, :, 1].sum()) // 8))
+    streams, position = [], 0
+    for urgency, here in np.argwhere(amounts[:, :, 0]).tolist():
+        low, high = ranges[here : here + 2].tolist()
+        streams.append(tasks.stream(cut_work, files[low:high], low, position, urgency, chars_per_table, *todos))
+        position += int(amounts[urgency, here, 0])
+    work = [WorkTable(next(stream), *tasks.get(about)) for stream in streams for about in stream]
+    counts = sum((outcome.counts for outcome in outcomes), start=np.zeros_like(outcomes[0].counts)).tolist()
+    if keep:
+        records.tidy()
+    return Plan(
+        {"read": sum(counts), **dict(zip(STATUS_NAMES, counts, strict=True))},
+        work,
+        Keys.join([outcome.removals for outcome in outcomes]),
+        np.concatenate([outcome.deleted for outcome in outcomes]),
+        dead,
+        np.concatenate([outcome.buried for outcome in outcomes]),
+        np.concatenate([outcome.seen for outcome in outcomes]),
+        sum(outcome.held for outcome in outcomes),
+    )
+
+
+def grouped(parts: Sequence[FilePart]) -> Iterator[list[FilePart]]:
+    """Files for one task each time, in their order."""
+    for some in look_ahead(np.array([part.size for part in parts], np.int64), BYTES_PER_GROUP):
+        yield list(parts[some])
+
+
+def survey_files(
+    group: Sequence[FilePart] | Recorded, columns: DocumentColumns, uri: str, keep: bool, num_partitions: int
+) -> Iterator[Any]:
+    """Step: the dead rows of some files, and then their documents by partition.
+
+    Args:
+        group: files to read, or records of files.
+        uri: the table that the records lie beside.
+        keep: whether to record what was read.
+    """
+    if isinstance(group, Recorded):
+        holdings = list(read_recorded(uri, group, columns))
+    else:
+        begun_ns = time.time_ns()
+        holdings = [read_part(part, columns) for part in group]
+        if keep:
+            record(uri, group, holdings, columns, begun_ns)
+    documents = Documents.of(holdings)
+    yield [row for holding in holdings for row in holding.dead]
+    partition = partitions_of(documents.ids, num_partitions)
+    for number in range(num_partitions):
+        yield documents.take(np.flatnonzero(partition == number)) if num_partitions > 1 else documents
+
+
+def partitions_of(ids: np.ndarray, num_partitions: int) -> np.ndarray:
+    """Which partition each id belongs to: ranges of its first byte, at most 256 of them."""
+    return ids.view(np.uint8).reshape(-1, KEY.itemsize)[:, 0].astype(np.int64) * num_partitions >> 8
+
+
+def survey_table(uri: str, version: int, fragments: Sequence[int], num_partitions: int) -> Iterator[Any]:
+    """Step: how many keys some fragments of a table have, and then the keys by partition."""
+    keys = EmbeddingTable.open(uri, version).keys(fragments)
+    yield len(keys.ids)
+    partition = partitions_of(keys.ids, num_partitions)
+    for number in range(num_partitions):
+        yield keys.take(np.flatnonzero(partition == number)) if num_partitions > 1 else keys
+
+
+def compare(options: Options, number: int, num_surveys: int, *arrived: Any) -> Iterator[Any]:
+    """Step: one partition of the corpus against that of the table; yields the outcome, and what is to be embedded.
 
     Of several documents with one id the first that can be read and is not empty counts; the others are duplicates.
+
+    Args:
+        number: of the partition.
+        arrived: the partition's part of every survey of files, and after `num_surveys` of them of every survey of the
+            table.
     """
-    lengths = [len(survey.ids) for survey in surveys]
-    ids = np.concatenate([np.empty(0, KEY), *(survey.ids for survey in surveys)])
-    status = np.concatenate([np.empty(0, np.uint8), *(survey.status for survey in surveys)])
-    usable = np.flatnonzero((status != EMPTY) & (status != DEAD))
-    # np.unique's first occurrence is the first in the order of the source: its sort is stable.
-    first = usable[np.unique(ids[usable], return_index=True)[1]]
-    repeated = np.ones(len(ids), dtype=bool)
-    repeated[first] = False
-    status[repeated & (status != EMPTY) & (status != DEAD)] = DUPLICATE
-    work = []
-    for survey, end in zip(surveys, np.cumsum(lengths), strict=True):
-        part = status[end - len(survey.ids) : end]
-        rows = np.flatnonzero((part == NEW) | (part == CHANGED))
-        if len(rows):
-            work.append(FileWork(survey.file, rows, survey.ids[rows], int(survey.chars[rows].sum(dtype=np.int64))))
-    claimed = np.sort(ids[first])
-    emptied = np.unique(ids[status == EMPTY])
-    gone = emptied[keys.known(emptied) & ~is_among(emptied, claimed)]
-    if delete_missing:
+    documents: list[Documents] = list(arrived[:num_surveys])
+    keys = Keys.join(arrived[num_surveys:])
+    places = np.concatenate([np.empty(0, np.int64), *(part.places for part in documents)])
+    ids = np.concatenate([np.empty(0, KEY), *(part.ids for part in documents)])
+    hashes = np.concatenate([np.empty(0, KEY), *(part.hashes for part in documents)])
+    chars = np.concatenate([np.empty(0, np.int32), *(part.chars for part in documents)])
+    kinds = np.concatenate([np.empty(0, np.uint8), *(part.kinds for part in documents)])
+    del documents, arrived
+
+    usable = np.flatnonzero(kinds == TEXT)
+    high, low = halves(ids[usable])
+    usable = usable[np.lexsort((places[usable], low, high))]
+    starts = np.ones(len(usable), dtype=bool)
+    starts[1:] = ids[usable[1:]] != ids[usable[:-1]]
+    first = usable[starts]
+    claimed = ids[first]
+
+    status = np.full(len(ids), DUPLICATE, np.uint8)
+    status[kinds == BLANK] = EMPTY
+    status[kinds == UNREADABLE] = DEAD
+    status[first] = np.where(keys.known(claimed), CHANGED, NEW)
+    letters = options.letters
+    buried = first[letters.unchanged(claimed, hashes[first])]
+    status[buried] = DEAD
+    unchanged = first[keys.unchanged(claimed, hashes[first])]
+    status[unchanged] = UNCHANGED
+
+    emptied = np.unique(ids[kinds == BLANK])
+    deleted = emptied[keys.known(emptied) & ~is_among(emptied, claimed)]
+    seen = np.unique(ids)
+    if options.delete_missing:
         held = np.unique(keys.ids)
         # A dead document stays: that it cannot be read today does not mean that it is gone.
-        gone = np.union1d(gone, held[~is_among(held, np.unique(ids))])
-    dead = [{**row, "stage": "read"} for survey in surveys for row in survey.dead]
-    counts = {name: int((status == code).sum()) for code, name in enumerate(STATUS_NAMES)}
-    return Plan({"read": len(ids), **counts}, work, np.sort(ids[status == CHANGED]), gone, dead)
+        deleted = np.union1d(deleted, held[~is_among(held, seen)])
+
+    todo = np.flatnonzero((status == NEW) | (status == CHANGED))
+    todo = todo[np.argsort(places[todo])]
+    urgency = np.where(status[todo] == CHANGED, URGENT, USUAL).astype(np.uint8)
+    if len(options.backfill.ids):
+        urgency[options.backfill.unchanged(ids[todo], hashes[todo])] = BACKFILL
+    work = Todo(places[todo], ids[todo], chars[todo], urgency)
+    amounts = np.zeros((BACKFILL + 1, len(options.ranges) - 1, 2), np.int64)
+    of_range = np.searchsorted(options.ranges, places[todo] >> ROW_BITS, side="right") - 1
+    np.add.at(amounts[:, :, 0], (urgency, of_range), 1)
+    np.add.at(amounts[:, :, 1], (urgency, of_range), chars[todo])
+    replaced = np.union1d(ids[status == CHANGED], deleted)
+    outcome = Outcome(
+        np.bincount(status, minlength=len(STATUS_NAMES)),
+        amounts,
+        keys.take(np.flatnonzero(is_among(keys.ids, replaced))),
+        deleted,
+        np.sort(ids[buried]),
+        np.sort(letters.ids[is_among(letters.ids, seen)]),
+        len(np.unique(keys.ids)),
+    )
+    yield outcome
+    yield work
 
 
-WORK_SCHEMA = pa.schema(
-    [("file", pa.string()), ("rows", pa.large_binary()), ("ids", pa.large_binary()), ("chars", pa.int64())]
-)
-
-
-def work_tables(work: Sequence[FileWork], chars_per_table: int) -> list[pa.Table]:
-    """The work as small Arrow tables, one for each task that reads: files go together up to a number of characters."""
-    tables: list[pa.Table] = []
-    waiting: list[dict[str, object]] = []
-    size = 0
-    for item in work:
-        waiting.append(
-            {
-                "file": json.dumps(asdict(item.file)),
-                "rows": item.rows.astype(np.int64).tobytes(),
-                "ids": item.ids.tobytes(),
-                "chars": item.chars,
-            }
-        )
-        size += item.chars
-        if size >= chars_per_table:
-            tables.append(pa.Table.from_pylist(waiting, schema=WORK_SCHEMA))
-            waiting, size = [], 0
-    if waiting:
-        tables.append(pa.Table.from_pylist(waiting, schema=WORK_SCHEMA))
-    return tables
-
-
-def read_work(items: pa.Table, columns: DocumentColumns, chars_per_table: int) -> Iterator[pa.Table]:
-    """Read the documents that a plan chose, in tables of about `chars_per_table` bytes of text.
-
-    A row whose id is not the surveyed one any more (the file changed since) is left out; the run counts it as dead and
-    the next one takes it.
-    """
-    waiting: list[pa.Table] = []
-    size = 0
-    for item in items.to_pylist():
-        file = SourceFile(**json.loads(item["file"]))
-        rows, ids = np.frombuffer(item["rows"], np.int64), np.frombuffer(item["ids"], KEY)
-        start = 0
-        for table in read_documents(file, columns):
-            here = slice(*np.searchsorted(rows, (start, start + len(table))))
-            chosen = table.take(pa.array(rows[here] - start))
-            start += len(table)
-            if len(chosen):
-                chosen = chosen.filter(pa.array(hash_ids(chosen["document_id"]) == ids[here]))
-            for part in pieces(chosen, chars_per_table):
-                waiting.append(part)
-                size += part["text"].nbytes
-                if size >= chars_per_table:
-                    yield pa.concat_tables(waiting)
-                    waiting, size = [], 0
-            if start > (rows[-1] if len(rows) else -1):
-                break
-    if waiting:
-        yield pa.concat_tables(waiting)
-
-
-def pieces(table: pa.Table, chars: int) -> Iterator[pa.Table]:
-    """A table cut between rows into parts that have about `chars` bytes of text each, at least one row."""
-    ends = np.cumsum(pc.binary_length(table["text"]).to_numpy())
-    start = 0
-    while start < len(table):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + chars, side="right")))
-        yield table.slice(start, stop - start)
-        start = stop
+def halves(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids as two columns of uint64 that sort as they do, several times faster."""
+    both = ids.view(">u8").reshape(-1, 2).astype(np.uint64)
+    return both[:, 0], both[:, 1]
