@@ -1,4 +1,4 @@
-"""The command line: `nightloom embed|plan|search|export`.
+"""The command line: `nightloom embed|plan|search|export|prepare`.
 
 argparse, and heavy imports only in the command that needs them, so that `--help` and mistakes are answered at once.
 Exit status: 0 done; 2 the user's input or configuration is wrong, said in one line; 3 finished but not published; 1 a
@@ -62,14 +62,12 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--model", help=f"model folder (s3:// too) or hub id (default: ${MODEL_VARIABLE}, else the bundled model)"
         )
-        command.add_argument("--config", metavar="FILE", help="TOML file with settings")
-        command.add_argument(
-            "--set", metavar="KEY=VALUE", action="append", default=[], help="one setting; wins over the file"
-        )
         command.add_argument(
             "--delete-missing", action="store_true", default=None, help="remove documents that the source no longer has"
         )
-        command.add_argument("--settings", action=ShowSettings, nargs=0, help="list all settings and exit")
+    commands.choices["plan"].add_argument(
+        "--price-per-hour", metavar="PRICE", type=float, help="of the machines that embed: say what a run would cost"
+    )
     command = commands.add_parser("search", help="find the documents nearest to a question")
     command.add_argument("table", metavar="TABLE")
     command.add_argument("query", metavar="QUERY", help="the question, in quotes")
@@ -80,6 +78,18 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("table", metavar="TABLE")
     command.add_argument("destination", metavar="DESTINATION", help="file, local or s3://")
     command.add_argument("--format", choices=("parquet", "arrow"), default="parquet")
+    command = commands.add_parser("prepare", help="turn a corpus into token shards to train on")
+    command.add_argument("source", metavar="SOURCE", help="as for embed")
+    command.add_argument("tokens", metavar="TOKENS", help="folder or s3:// prefix of the token shards")
+    command.add_argument("--tokenizer", metavar="FOLDER", help="folder with tokenizer.json")
+    command.add_argument("--train-tokenizer", metavar="SIZE", type=int, help="train a tokenizer of so many entries")
+    for name in ("embed", "plan", "prepare"):
+        command = commands.choices[name]
+        command.add_argument("--config", metavar="FILE", help="TOML file with settings")
+        command.add_argument(
+            "--set", metavar="KEY=VALUE", action="append", default=[], help="one setting; wins over the file"
+        )
+        command.add_argument("--settings", action=ShowSettings, nargs=0, const=name, help="list all settings and exit")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the report as one JSON line")
         command.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
@@ -90,9 +100,9 @@ class ShowSettings(argparse.Action):
     """`--settings`: every key, its default and what it means."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from jobs.configuration import EmbedConfiguration, describe
+        from jobs.configuration import EmbedConfiguration, PrepareConfiguration, describe
 
-        print("\n".join(describe(EmbedConfiguration)))
+        print("\n".join(describe(PrepareConfiguration if self.const == "prepare" else EmbedConfiguration)))
         parser.exit()
 
 
@@ -113,8 +123,13 @@ def run(options: argparse.Namespace) -> Report:
         from jobs.export import run_export
 
         return run_export(options.table, options.destination, format=options.format)
-    from jobs.configuration import EmbedConfiguration, load
+    from jobs.configuration import EmbedConfiguration, PrepareConfiguration, load
 
+    if options.command == "prepare":
+        from jobs.prepare import run_prepare
+
+        named = {name: getattr(options, name) for name in ("source", "tokens", "tokenizer", "train_tokenizer")}
+        return run_prepare(load(PrepareConfiguration, file=options.config, sets=options.set, given=named))
     given = {
         "source": options.source,
         "table": options.table,
@@ -127,7 +142,7 @@ def run(options: argparse.Namespace) -> Report:
     if options.command == "plan":
         from jobs.plan import run_plan
 
-        return run_plan(configuration)
+        return run_plan(configuration, price_per_hour=options.price_per_hour)
     from jobs.embed import run_embed
 
     return run_embed(configuration)

@@ -111,6 +111,32 @@ class EmbedConfiguration(Settings):
     compute: ComputeSettings = ComputeSettings()
 
 
+class PrepareCompute(Settings):
+    """Where the work is done."""
+
+    address: str | None = None
+    """Ray cluster to use ("auto" for the one this machine belongs to); by default a local one is started."""
+
+
+class PrepareConfiguration(Settings):
+    """Everything that `nightloom prepare` can be told."""
+
+    source: str
+    """File, folder, glob or s3:// prefix of Parquet, JSON Lines, text or Markdown."""
+    tokens: str
+    """Folder or s3:// prefix of the token shards."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json (an s3:// model folder too), where one is given."""
+    train_tokenizer: int | None = Field(default=None, gt=0)
+    """Entries of a tokenizer that is trained on the corpus, where none is given."""
+    heldout: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the documents that is kept for evaluation, by the hash of their ids."""
+    shard_bytes: int = Field(default=16_000_000, gt=0)
+    """About how much text goes into a shard; a token takes two to four bytes of it."""
+    columns: ColumnSettings = ColumnSettings()
+    compute: PrepareCompute = PrepareCompute()
+
+
 Model = TypeVar("Model", bound=BaseModel)
 
 

@@ -152,6 +152,11 @@ def list_names(uri: str) -> list[str]:
     return sorted(info.path.removeprefix(path).lstrip("/") for info in found if info.type == FileType.File)
 
 
+def remove_file(uri: str, name: str) -> None:
+    files, path = filesystem(uri)
+    files.delete_file(f"{path}/{name}")
+
+
 # Shards
 
 

@@ -201,7 +201,9 @@ class TokenStream:
         )
         self.num_windows = -(-len(manifest.shards[TRAIN]) // config.window_shards)
 
-    def steps(self, state: StreamState = StreamState(), *, rank: int = 0, num_workers: int = 1) -> Iterator[Step]:
+    def steps(
+        self, state: StreamState = StreamState(), *, rank: int = 0, num_workers: int = 1
+    ) -> Generator[Step, None, None]:
         """The steps from a state on, without end; they are made ready in a thread, which ends when this is closed.
 
         Raises:
@@ -292,7 +294,7 @@ class TokenStream:
                 given += 1
 
 
-def ahead(items: Generator[Step, None, None], count: int) -> Iterator[Step]:
+def ahead(items: Generator[Step, None, None], count: int) -> Generator[Step, None, None]:
     """The items, drawn in a thread up to `count` before they are asked for; what drawing raises is raised here."""
     drawn: queue.Queue[Step | BaseException] = queue.Queue(maxsize=count)
     left = threading.Event()

@@ -41,6 +41,7 @@ CPU_STAGES = (
     "table",
     "work",
     "permutation",
+    "preparation",
     "shards",
     "stream",
 )

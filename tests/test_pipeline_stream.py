@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -243,10 +242,10 @@ def test_the_rate_of_masking_follows_the_steps(shards: TokenShards) -> None:
 
 def test_a_closed_stream_leaves_no_thread(shards: TokenShards) -> None:
     before = threading.active_count()
-    steps: Iterator[Step] = TokenStream(shards, StreamConfig()).steps()
+    steps = TokenStream(shards, StreamConfig()).steps()
     next(steps)
     assert threading.active_count() > before
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert threading.active_count() == before
 
 
