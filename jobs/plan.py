@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from cluster.session import local_cpus, session
 from jobs.configuration import ColumnSettings, EmbedConfiguration
-from jobs.report import line
+from jobs.report import clock, line
 from model.errors import InputError
 from model.folder import (
     ModelFolder,
@@ -30,6 +30,7 @@ from pipeline.chunks import ChunkingConfig
 from pipeline.columns import DocumentColumns
 from pipeline.documents import check_source, document_schema
 from pipeline.keys import Keys
+from pipeline.ledger import past_throughput
 from pipeline.recipe import Recipe
 from pipeline.storage import SourceFile, is_s3, list_sources, local_model
 from pipeline.survey import Options, Plan, RayTasks, Tasks, make_plan
@@ -259,6 +260,10 @@ class PlanReport:
     """Bytes of text to embed."""
     tokens: int
     tokens_exact: bool
+    seconds: float | None
+    """What embedding would take as fast as past runs embedded; None before there was one."""
+    cost: float | None
+    """That time at the price that was given."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -271,11 +276,24 @@ class PlanReport:
         rows = [line(name, f"{getattr(self, name):,}") for name in ("new", "changed", "unchanged")]
         rows += [line(n, f"{v:,}") for n in ("empty", "duplicate", "dead", "deleted") if (v := getattr(self, n))]
         about = "" if self.tokens_exact else "about "
-        return "\n".join([head, "", *rows, line("tokens", f"{about}{self.tokens:,}")])
+        rows.append(line("tokens", f"{about}{self.tokens:,}"))
+        if self.seconds is not None:
+            rows.append(line("time", f"about {clock(self.seconds)}, as fast as past runs"))
+        elif self.tokens:
+            rows.append(line("time", "not known before a run has embedded something"))
+        if self.cost is not None:
+            rows.append(line("cost", f"about {self.cost:,.2f}"))
+        return "\n".join([head, "", *rows])
 
 
-def run_plan(configuration: EmbedConfiguration) -> PlanReport:
-    """Compare the source with the table and count tokens. Writes nothing."""
+def run_plan(configuration: EmbedConfiguration, *, price_per_hour: float | None = None) -> PlanReport:
+    """Compare the source with the table, count tokens, and say how long past runs would have taken. Writes nothing.
+
+    Args:
+        price_per_hour: of all machines that embed, in any currency.
+    """
+    if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
+        raise InputError(f"--price-per-hour is {price_per_hour}; it must be a price, 0 or more")
     files = list_corpus(configuration)
     model = read_model(configuration)
     table = open_table(configuration, model)
@@ -284,6 +302,10 @@ def run_plan(configuration: EmbedConfiguration) -> PlanReport:
         corpus = survey_corpus(configuration, files, table, in_process=small)
         tokens, exact = count_tokens(corpus, model) if corpus.plan.work else (0, True)
     counts: dict[str, Any] = dict(corpus.plan.counts)
+    throughput = past_throughput(configuration.table)
+    # The encoder sees [CLS] and [SEP] too.
+    seconds = (tokens + 2 * corpus.plan.num_documents) / throughput if throughput else None
+    cost = None if seconds is None or price_per_hour is None else round(seconds * price_per_hour / 3600, 4)
     return PlanReport(
         job="plan",
         status="done",
@@ -293,5 +315,7 @@ def run_plan(configuration: EmbedConfiguration) -> PlanReport:
         chars=corpus.plan.chars,
         tokens=tokens,
         tokens_exact=exact,
+        seconds=None if seconds is None else round(seconds, 1),
+        cost=cost,
         **counts,
     )

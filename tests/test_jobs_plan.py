@@ -10,6 +10,7 @@ import jobs.plan
 from jobs.embed import run_embed
 from jobs.plan import list_corpus, make_recipe, read_model, run_plan, survey_corpus
 from model.errors import InputError
+from pipeline.ledger import keep_record
 from pipeline.storage import list_sources, s3fs_filesystem
 
 
@@ -62,6 +63,25 @@ def test_large_corpora_are_sampled(tmp_path, tiny_model_folder, monkeypatch):
     assert (exact.tokens_exact, sampled.tokens_exact) == (True, False)
     assert abs(sampled.tokens / exact.tokens - 1) < 0.1
     assert "about" in sampled.summary()
+
+
+def test_time_and_cost_go_by_past_runs(tmp_path, tiny_model_folder):
+    (tmp_path / "corpus").mkdir()
+    for number in range(4):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(text_of(number, 60))
+    table = tmp_path / "table.lance"
+    configuration = configured(tmp_path / "corpus", table, tiny_model_folder)
+    unknown = run_plan(configuration, price_per_hour=7200)
+    assert (unknown.seconds, unknown.cost) == (None, None)
+    assert "not known before" in unknown.summary()
+    keep_record(str(table), "20260101T000000.000000Z", {"status": "published", "tokens": 500, "embedding_s": 10.0})
+    planned = run_plan(configuration, price_per_hour=7200)
+    expected = (planned.tokens + 2 * 4) / 50
+    assert planned.seconds == pytest.approx(expected, abs=0.1)
+    assert planned.cost == pytest.approx(expected * 2, abs=0.01)
+    assert f"cost       about {planned.cost:,.2f}" in planned.summary()
+    with pytest.raises(InputError, match="price"):
+        run_plan(configuration, price_per_hour=-1)
 
 
 def test_table_within_the_source_is_not_read(tmp_path, tiny_model_folder):
