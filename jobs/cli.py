@@ -68,9 +68,6 @@ def make_parser() -> argparse.ArgumentParser:
     commands.choices["plan"].add_argument(
         "--price-per-hour", metavar="PRICE", type=float, help="of the machines that embed: say what a run would cost"
     )
-    commands.choices["plan"].add_argument(
-        "--price-per-hour", metavar="PRICE", type=float, help="of the machines that embed: say what a run would cost"
-    )
     command = commands.add_parser("search", help="find the documents nearest to a question")
     command.add_argument("table", metavar="TABLE")
     command.add_argument("query", metavar="QUERY", help="the question, in quotes")
