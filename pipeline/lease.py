@@ -86,9 +86,21 @@ def started(pid: int) -> str:
 class Lease:
     """The right to write to a table, for as long as the block lasts. `take` gets it, or refuses."""
 
-    def __init__(self, place: "Place", owner: Owner, *, crashed: Owner | None, beat_s: float, limit_s: float) -> None:
-        self.place, self.owner, self.crashed = place, owner, crashed
-        """`crashed`: the owner before, if it never gave the lease back."""
+    def __init__(
+        self,
+        place: "Place",
+        owner: Owner,
+        *,
+        crashed: Owner | None,
+        taken: datetime,
+        beat_s: float,
+        limit_s: float,
+    ) -> None:
+        self.place, self.owner = place, owner
+        self.crashed = crashed
+        """The owner before, if it never gave the lease back."""
+        self.taken = taken
+        """When it was taken, by the clock of the store: files that are older are of earlier runs."""
         self.beat_s, self.limit_s = beat_s, limit_s
         self.confirmed = now()
         self.lost_to: Owner | None = None
@@ -130,11 +142,12 @@ class Lease:
                 if newest is not None and newest.epoch > mine.epoch:
                     place.delete(mine.epoch)
                     continue
+                taken = place.modified(mine.epoch)
                 place.delete_below(mine.epoch)
                 crashed = last if last and not last.released else None
                 if crashed:
                     log.warning("%s did not end: its lease on %s is taken over", crashed, uri)
-                return cls(place, mine, crashed=crashed, beat_s=beat_s, limit_s=limit_s)
+                return cls(place, mine, crashed=crashed, taken=taken, beat_s=beat_s, limit_s=limit_s)
         except InputError:
             raise
         except Exception as error:  # botocore's own errors have no common base that we import
@@ -258,6 +271,11 @@ class Place:
         for number in self.numbers():
             if number < epoch:
                 self.delete(number)
+
+    def modified(self, epoch: int) -> datetime:
+        """When the object of an epoch was written, by the store's clock."""
+        files, _ = storage.filesystem(self.uri)
+        return files.get_file_info(self.path(epoch)).mtime
 
     def names(self) -> list[str]:
         try:

@@ -201,6 +201,14 @@ class EmbeddingTable:
         self._transact(run, removed=gone, updated=updated, new=new)
         return self.version
 
+    def replace(self, old: Sequence[int], new: Sequence[FragmentMetadata], *, run: str) -> None:
+        """Put fragments in the place of others that hold the same rows.
+
+        Raises:
+            InputError: another run has written to the table since it was opened.
+        """
+        self._transact(run, removed=old, new=new)
+
     def claim(self, run: str) -> None:
         """Make a version that changes nothing: whatever a writer that lost its lease has under way is refused then."""
         self._transact(run)
