@@ -83,6 +83,14 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("tokens", metavar="TOKENS", help="folder or s3:// prefix of the token shards")
     command.add_argument("--tokenizer", metavar="FOLDER", help="folder with tokenizer.json")
     command.add_argument("--train-tokenizer", metavar="SIZE", type=int, help="train a tokenizer of so many entries")
+    command = commands.add_parser("runs", help="list the runs that wrote to a table")
+    command.add_argument("table", metavar="TABLE")
+    command.add_argument("--last", metavar="N", type=int, default=20, help="how many (default: 20)")
+    command = commands.add_parser("versions", help="list the versions that readers see or could go back to")
+    command.add_argument("table", metavar="TABLE")
+    command = commands.add_parser("rollback", help="let readers see a version that was published before")
+    command.add_argument("table", metavar="TABLE")
+    command.add_argument("version", metavar="VERSION", type=int, nargs="?", help="default: the one before theirs")
     for name in ("embed", "plan", "prepare"):
         command = commands.choices[name]
         command.add_argument("--config", metavar="FILE", help="TOML file with settings")
@@ -123,6 +131,14 @@ def run(options: argparse.Namespace) -> Report:
         from jobs.export import run_export
 
         return run_export(options.table, options.destination, format=options.format)
+    if options.command in ("runs", "versions", "rollback"):
+        from jobs.history import run_rollback, run_runs, run_versions
+
+        if options.command == "runs":
+            return run_runs(options.table, last=options.last)
+        if options.command == "versions":
+            return run_versions(options.table)
+        return run_rollback(options.table, options.version)
     from jobs.configuration import EmbedConfiguration, PrepareConfiguration, load
 
     if options.command == "prepare":
