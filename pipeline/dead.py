@@ -93,6 +93,7 @@ class DeadLetters:
         self.uri, self.fingerprint = f"{table.uri.rstrip('/')}/{FOLDER}", table.fingerprint
         self.table = table
         self.dataset = find(self.uri)
+        self.changed = False
         self._load()
 
     def _load(self) -> None:
@@ -146,7 +147,7 @@ class DeadLetters:
         if not rows:
             return
         letters = pa.Table.from_pylist(rows, schema=SCHEMA)
-        self._check_lease()
+        self._about_to_change()
         if self.dataset is None:
             options = storage.lance_options(self.uri)
             self.dataset = lance.write_dataset(letters, self.uri, mode="create", storage_options=options)
@@ -163,11 +164,12 @@ class DeadLetters:
         keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(gone), [None, pa.py_buffer(gone.tobytes())])
         names = pa.array([self.fingerprint] * len(gone), pa.string())
         schema = pa.schema([SCHEMA.field(name) for name in IDENTITY])
-        self._check_lease()
+        self._about_to_change()
         self.dataset.merge_insert(IDENTITY).when_matched_delete().execute(pa.table([keys, names], schema=schema))
         self._load()
 
-    def _check_lease(self) -> None:
+    def _about_to_change(self) -> None:
+        self.changed = True
         if self.table.lease is not None:
             self.table.lease.check()
 
@@ -186,8 +188,8 @@ class DeadLetters:
         return self.ids[met & ~is_among(self.ids, still)]
 
     def tidy(self) -> None:
-        """Fold the small pieces that runs leave; called by a run that changed something."""
-        if self.dataset is None:
+        """Fold the small pieces that this run made, if it changed anything."""
+        if self.dataset is None or not self.changed:
             return
         if len(self.dataset.get_fragments()) > 1:
             self.dataset.optimize.compact_files()
