@@ -13,14 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Pattern, Plan, attend, choose_backend, prepare
+from model import kernels
+from model.attention import Pattern, Plan, attend, choose_backend, prepare, strips
 from model.batch import PackedBatch
 from model.config import FULL, EncoderConfig
-from model.rotary import Rotary, rotate
-
-ROWS = 1024
-"""Without a gradient, what works row by row goes through in strips of so many tokens, in place: intermediate results
-stay in the cache, and a long document costs little memory."""
+from model.rotary import Rotary
 
 
 class Linear(nn.Linear):
@@ -66,16 +63,9 @@ class Attention(nn.Module):
         self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.Wo = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x_TD: Tensor, plan: Plan, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_TD: Tensor, plan: Plan) -> Tensor:
         qkv = self.Wqkv(x_TD).view(-1, 3 * self.num_heads, self.head_size)
-        # Queries and keys are neighbours in the packed projection: one pass turns both.
-        qk, v_TNH = qkv.split([2 * self.num_heads, self.num_heads], dim=1)
-        if torch.is_grad_enabled():
-            qk = rotate(qk, *rotary)
-        else:
-            for rows, cos, sin in zip(qk.split(ROWS), *(t.split(ROWS) for t in rotary), strict=True):
-                rows.copy_(rotate(rows, cos, sin))
-        q_TNH, k_TNH = qk.split(self.num_heads, dim=1)
+        q_TNH, k_TNH, v_TNH = qkv.split(self.num_heads, dim=1)
         return attend(q_TNH, k_TNH, v_TNH, plan).reshape(x_TD.shape)
 
 
@@ -99,15 +89,26 @@ class Layer(nn.Module):
         self.mlp_norm = LayerNorm(config)
         self.mlp = GeGLU(config)
 
-    def forward(self, x_TD: Tensor, plan: Plan, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        attended_TD = self.attn(self.attn_norm(x_TD).to(dtype), plan, rotary)
-        if torch.is_grad_enabled():
-            x_TD = x_TD + self.attn.Wo(attended_TD)
-            return x_TD + self.mlp(self.mlp_norm(x_TD).to(dtype))
-        for rows, attended in zip(x_TD.split(ROWS), attended_TD.split(ROWS), strict=True):
-            rows += self.attn.Wo(attended)
-            rows += self.mlp(self.mlp_norm(rows).to(dtype))
-        return x_TD
+    def forward(self, x_TD: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+        x_TD = x_TD + self.attn.Wo(self.attn(self.attn_norm(x_TD).to(dtype), plan))
+        return x_TD + self.mlp(self.mlp_norm(x_TD).to(dtype))
+
+    def advance(self, x_TD: Tensor, normed_TD: Tensor, plan: Plan, next_norm: nn.LayerNorm | None) -> None:
+        """The same without a gradient, in place and in strips.
+
+        Args:
+            x_TD: the residual stream; receives this layer's output.
+            normed_TD: `attn_norm(x_TD)` in the dtype of products; receives `next_norm` of this layer's output, for the
+                layer that follows.
+        """
+        attended_TD = self.attn(normed_TD, plan)
+        for x, normed, attended in strips(x_TD, normed_TD, attended_TD):
+            kernels.add_norm(x, self.attn.Wo(attended), self.mlp_norm, normed)
+            added = self.mlp.Wo(kernels.geglu(self.mlp.Wi(normed)))
+            if next_norm is None:
+                x += added
+            else:
+                kernels.add_norm(x, added, next_norm, normed)
 
 
 class Encoder(nn.Module):
@@ -157,27 +158,32 @@ class Encoder(nn.Module):
         """
         dtype = self.compute_dtype or self.embeddings.tok_embeddings.weight.dtype
         x_TD = self.embeddings(batch.tokens_T)
-        positions_T = batch.positions_T()
-        patterns = {
-            layer_type: (
-                prepare(
-                    self.attention, batch, Pattern(None if layer_type == FULL else self.config.window), dtype=dtype
-                ),
-                (self.global_rotary if layer_type == FULL else self.local_rotary)(positions_T, batch.max_seqlen),
-            )
-            for layer_type in sorted(set(self.config.layer_types))
-        }
+        plans = self._plans(batch, dtype)
         if layer_outputs is not None:
             layer_outputs.append(x_TD.clone())
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
-            plan, rotary = patterns[layer_type]
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x_TD = checkpoint(layer, x_TD, plan, rotary, dtype, use_reentrant=False)
+        normed_TD = None if torch.is_grad_enabled() else x_TD.to(dtype, copy=True)
+        for i, layer in enumerate(self.layers):
+            plan = plans[self.config.layer_types[i]]
+            if normed_TD is not None:
+                last = i + 1 == len(self.layers)
+                layer.advance(x_TD, normed_TD, plan, None if last else self.layers[i + 1].attn_norm)
+            elif self.checkpoint_activations:
+                x_TD = checkpoint(layer, x_TD, plan, dtype, use_reentrant=False)
             else:
-                x_TD = layer(x_TD, plan, rotary, dtype)
+                x_TD = layer(x_TD, plan, dtype)
             if layer_outputs is not None:
                 layer_outputs.append(x_TD.clone())
         return self.final_norm(x_TD)
+
+    def _plans(self, batch: PackedBatch, dtype: torch.dtype) -> dict[str, Plan]:
+        """How each kind of layer attends in this batch."""
+        positions_T = batch.positions_T()
+        plans = {}
+        for layer_type in sorted(set(self.config.layer_types)):
+            pattern = Pattern(None if layer_type == FULL else self.config.window)
+            rotary = (self.global_rotary if layer_type == FULL else self.local_rotary)(positions_T, batch.max_seqlen)
+            plans[layer_type] = prepare(self.attention, batch, pattern, dtype=dtype, rotary=rotary)
+        return plans
 
 
 def init_weights(module: nn.Module, config: EncoderConfig, generator: torch.Generator | None = None) -> None:

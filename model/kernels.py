@@ -1,0 +1,169 @@
+"""Loads the library that `kernels.cpp` was built into at installation, and hands tensors over to it.
+
+Every function does the same with or without the library: where it is missing, or the processor lacks what it was
+written for, PyTorch's own operators do the work (slower by a factor of about two at base size). No gradients here.
+Shape suffixes: T tokens, D width, N heads, H head size, I intermediate size.
+"""
+
+import ctypes
+import logging
+import os
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "NIGHTLOOM_KERNELS"
+"""Environment variable; "off" leaves everything to PyTorch."""
+NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"})
+NEEDED_BY_ATTENTION = frozenset({"amx_tile", "amx_bf16"})
+HEAD_SIZES = (32, 64)
+LANES = 16
+"""float32 values in a register: row lengths are multiples of it."""
+ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "nightloom_add_norm": (c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int, c_int),
+    "nightloom_geglu": (c_void_p, c_void_p, c_int64, c_int, c_int),
+    "nightloom_attend": (*[c_void_p] * 4, c_int64, *[c_void_p] * 2, c_int64, c_void_p, *[c_int] * 5),
+}
+
+
+def processor_flags() -> frozenset[str]:
+    """What the processor can do, in the words of Linux; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+@cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why there is none."""
+    if os.environ.get(VARIABLE) == "off":
+        return None, f"{VARIABLE} is off"
+    if missing := NEEDED - processor_flags():
+        return None, f"the processor lacks {min(missing)}"
+    built = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not built:
+        return None, "kernels.cpp was not built at installation (no C++ compiler?)"
+    try:
+        loaded = ctypes.CDLL(str(built[0]))
+        for name, arguments in ARGUMENTS.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, None
+    except (OSError, AttributeError) as error:
+        return None, f"{built[0].name} cannot be loaded ({error}); install again"
+    return loaded, "AVX-512 with bfloat16"
+
+
+@cache
+def attention_refusal(head_size: int) -> str | None:
+    """Why `attend` cannot be called; None where it can."""
+    loaded, why = library()
+    if loaded is None:
+        return why
+    if missing := NEEDED_BY_ATTENTION - processor_flags():
+        return f"the processor lacks {min(missing)}"
+    if head_size not in HEAD_SIZES:
+        return f"the head size is {head_size}, not one of {HEAD_SIZES}"
+    return None if loaded.nightloom_request_amx() else "the system does not let this process use AMX"
+
+
+def add_norm(x_TD: Tensor, added_TD: Tensor, norm: nn.LayerNorm, out_TD: Tensor) -> Tensor:
+    """x += added in place; then out = norm(x), in the dtype of `out_TD`, which is returned.
+
+    Args:
+        x_TD: the residual stream, float32 or wider.
+        added_TD: what a layer adds to it, in the dtype of products.
+    """
+    loaded, _ = library()
+    width = x_TD.shape[-1]
+    served = x_TD.dtype == torch.float32 and added_TD.dtype == out_TD.dtype == torch.bfloat16 and not width % LANES
+    if loaded is None or not served or not _in_rows(x_TD, added_TD, out_TD):
+        x_TD += added_TD
+        out_TD.copy_(norm(x_TD))
+        return out_TD
+    weight, bias = norm.weight.float(), None if norm.bias is None else norm.bias.float()
+    loaded.nightloom_add_norm(
+        x_TD.data_ptr(),
+        added_TD.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        norm.eps,
+        out_TD.data_ptr(),
+        x_TD.shape[0],
+        width,
+        torch.get_num_threads(),
+    )
+    return out_TD
+
+
+def geglu(x_T2I: Tensor) -> Tensor:
+    """gelu(first half of each row) times the second half: (T, I)."""
+    loaded, _ = library()
+    width = x_T2I.shape[-1] // 2
+    if loaded is None or x_T2I.dtype != torch.bfloat16 or width % LANES or not _in_rows(x_T2I):
+        value_TI, gate_TI = x_T2I.chunk(2, dim=-1)
+        return F.gelu(value_TI) * gate_TI
+    out_TI = x_T2I.new_empty(x_T2I.shape[0], width)
+    loaded.nightloom_geglu(x_T2I.data_ptr(), out_TI.data_ptr(), x_T2I.shape[0], width, torch.get_num_threads())
+    return out_TI
+
+
+def attend(
+    q_TNH: Tensor,
+    k_TNH: Tensor,
+    v_TNH: Tensor,
+    cu_seqlens: Tensor,
+    window: int | None,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Attention within each sequence, queries and keys turned by `rotary` (see `model.rotary`) on the way.
+
+    Args:
+        q_TNH, k_TNH, v_TNH: bfloat16 of equal strides, as views of one projection have them.
+        cu_seqlens: int32 on the CPU.
+
+    Returns:
+        (T, N, H), bfloat16.
+    """
+    loaded, why = library()
+    assert loaded is not None, why
+    num_tokens, num_heads, head_size = q_TNH.shape
+    assert q_TNH.stride() == k_TNH.stride() == v_TNH.stride()
+    assert q_TNH.stride()[1:] == (head_size, 1)
+    assert cu_seqlens.dtype == torch.int32
+    out_TNH = torch.empty(num_tokens, num_heads, head_size, dtype=torch.bfloat16)
+    cos = sin = table_stride = None
+    if rotary is not None:
+        cos_T, sin_T = rotary
+        # Both hold their half twice; the sine's second half has the sign of the formula.
+        cos, sin = cos_T.data_ptr(), sin_T.data_ptr() + head_size // 2 * sin_T.element_size()
+        table_stride = cos_T.stride(0)
+    loaded.nightloom_attend(
+        q_TNH.data_ptr(),
+        k_TNH.data_ptr(),
+        v_TNH.data_ptr(),
+        out_TNH.data_ptr(),
+        q_TNH.stride(0),
+        cos,
+        sin,
+        table_stride or 0,
+        cu_seqlens.data_ptr(),
+        cu_seqlens.shape[0] - 1,
+        num_heads,
+        head_size,
+        -1 if window is None else window,
+        torch.get_num_threads(),
+    )
+    return out_TNH
+
+
+def _in_rows(*tensors: Tensor) -> bool:
+    """Whether all lie on the CPU, row after row without gaps."""
+    return all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
