@@ -31,14 +31,23 @@ class MaskedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_M: Tensor, z_weight: float
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Tensor,
+        z_weight: float,
+        learning: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The summed loss -log p(target) + z_weight log(Z)^2, and three sums to report: loss without z, z, correct."""
+        """The summed loss -log p(target) + z_weight log(Z)^2, and three sums to report: loss without z, z, correct.
+
+        Args:
+            learning: whether a backward pass is to come (this function cannot see that).
+        """
         dtype = hidden_MD.dtype
         wide = torch.promote_types(dtype, torch.float32)
         weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         sums = torch.zeros(3, dtype=wide, device=hidden_MD.device)
-        learning = hidden_MD.requires_grad or weight_VD.requires_grad
         if learning:
             gradient_MD = torch.empty_like(hidden_MD)
             gradient_VD = torch.zeros(weight.shape, dtype=wide, device=weight.device)
@@ -78,7 +87,7 @@ class MaskedCrossEntropy(torch.autograd.Function):
         gradient_MD, gradient_VD, gradient_V = ctx.saved_tensors
         # The scale carries 1 / (masked tokens) and the factor of float16: applied in the wide type.
         hidden = (gradient_MD * scale).to(gradient_MD.dtype)
-        return hidden, gradient_VD * scale, None if gradient_V is None else gradient_V * scale, None, None
+        return hidden, gradient_VD * scale, None if gradient_V is None else gradient_V * scale, None, None, None
 
 
 class OrderingHead(nn.Module):
@@ -135,7 +144,7 @@ class Pretraining(nn.Module):
         hidden_TD = model.model(batch)
         head_MD = model.head(hidden_TD[masked_M], model.dtype)
         summed, sums = MaskedCrossEntropy.apply(
-            head_MD, model.decoder.weight, model.decoder.bias, targets_M, self.z_weight
+            head_MD, model.decoder.weight, model.decoder.bias, targets_M, self.z_weight, torch.is_grad_enabled()
         )
         loss = summed * masked_scale
         ordering_sums = sums.new_zeros(2)

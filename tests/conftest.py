@@ -119,3 +119,56 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         yield server.environment()
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of 96 documents of the bundled corpus, in the tokenizer of the bundled model: text that can be
+    learned, without Ray.
+    """
+    import hashlib
+    import shutil
+
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from model.folder import load_tokenizer, tokenizer_hash
+    from pipeline.shards import MANIFEST, Manifest, shard_table, write_file, write_shard
+
+    root = Path(__file__).resolve().parent.parent
+    model, folder = root / "models" / "nightloom-small", tmp_path_factory.mktemp("shards")
+    table = pq.read_table(root / "corpus" / "documents.parquet").slice(0, 96)
+    tokenizer = load_tokenizer(model)
+    encoded = tokenizer.encode_batch_fast(table["text"].to_pylist(), add_special_tokens=False)
+    tokens = [np.array(e.ids[:3000], dtype=np.uint16) for e in encoded]
+    hashes = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in table["text"].to_pylist()]
+    keys = np.frombuffer(b"".join(hashes), dtype=np.uint64)
+    entries = []
+    for number in range(8):
+        rows = slice(number * 12, number * 12 + 12)
+        shard = shard_table(
+            table["id"].combine_chunks()[rows],
+            keys[rows],
+            pa.array(tokens[rows], pa.list_(pa.uint16())),
+            pa.array([np.arange(0, len(t), 24) for t in tokens[rows]], pa.list_(pa.int32())),
+        )
+        entries.append(write_shard(str(folder), f"{number}.arrow", shard))
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    special = {name: vocab[f"[{name.upper()}]"] for name in ("pad", "unk", "cls", "sep", "mask")}
+    manifest = Manifest(
+        tokenizer=tokenizer_hash(model),
+        vocab_size=max(vocab.values()) + 1,
+        **{f"{name}_id": value for name, value in special.items()},
+        special_ids=tuple(sorted(special.values())),
+        corpus="c" * 32,
+        settings={},
+        counts={},
+        lengths={},
+        shards={"train": tuple(entries[:7]), "heldout": tuple(entries[7:])},
+    )
+    (folder / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(model / name, folder / "tokenizer" / name)
+    write_file(str(folder), MANIFEST, manifest.to_bytes())
+    return folder

@@ -49,7 +49,7 @@ def test_strips_give_the_plain_loss_and_its_gradients(
     weight, offset = torch.randn(VOCAB, WIDTH, dtype=torch.float64), torch.randn(VOCAB, dtype=torch.float64)
     targets = torch.randint(VOCAB, (103,))
     results = []
-    for loss_of in (plain, lambda *a: MaskedCrossEntropy.apply(*a)[0]):
+    for loss_of in (plain, lambda *a: MaskedCrossEntropy.apply(*a, True)[0]):
         leaves = [x.clone().requires_grad_() for x in ([hidden, weight] + ([offset] if bias else []))]
         loss = loss_of(*leaves[:2], leaves[2] if bias else None, targets, z_weight)
         (0.37 * loss).backward()

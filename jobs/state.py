@@ -1,0 +1,280 @@
+"""What a training is at a step: weights, moments, where the stream stands. Made new, taken down into a checkpoint, and
+brought back, on however many workers there are then.
+"""
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyarrow.fs import LocalFileSystem
+from torch import Tensor, nn
+
+from jobs.checkpoints import Checkpoint, copy_file, on_host
+from jobs.phases import Phase, PretrainConfiguration, shape_of
+from jobs.replicas import Replicas, fill, whole
+from model.attention import choose_backend
+from model.config import EncoderConfig
+from model.embedder import choose_dtype
+from model.encoder import Encoder, init_weights
+from model.errors import InputError
+from model.folder import read_folder
+from model.growth import extend_context, tile
+from model.heads import MaskedLanguageModel
+from model.losses import Pretraining
+from model.optimizer import LossScale, StableAdamW, parameter_groups
+from model.schedule import SpikeGuard
+from model.weights import load_model, save_folder
+from pipeline import storage
+from pipeline.shards import Manifest
+from pipeline.stream import StreamState
+
+log = logging.getLogger(__name__)
+
+MASKED = "ModernBertForMaskedLM"
+MODEL = "model"
+"""Folder of a run with the model that came out."""
+CHANGES_WITH_PHASES = ("max_tokens", "global_theta", "extra")
+"""Fields of a shape that a checkpoint may differ in."""
+
+
+@dataclass(slots=True)
+class State:
+    """A training between two steps."""
+
+    model: Pretraining
+    module: nn.Module
+    """What to call for a loss: the model, or what spreads it over several workers."""
+    optimizer: StableAdamW
+    scale: LossScale
+    guard: SpikeGuard
+    phase: int = 0
+    """Number of the phase, from 0; as many as there are when all is done."""
+    stream: StreamState = field(default_factory=StreamState)
+    """In this phase."""
+    step: int = 0
+    """Steps done in all phases."""
+    tokens: int = 0
+    """Real tokens seen."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Mean of the weights while the rate fell; empty before."""
+    averaged: int = 0
+    """How many it is the mean of."""
+
+    def enter(self, phase: Phase) -> None:
+        """Make the model what a phase wants; also when it goes on in the middle of it."""
+        encoder = self.model.language_model.model
+        theta = phase.settings.global_theta or encoder.config.global_theta
+        extend_context(encoder, max_tokens=phase.settings.max_tokens, global_theta=theta)
+        decayed, _ = self.optimizer.param_groups
+        decayed["weight_decay"] = phase.settings.weight_decay
+
+    @torch.no_grad()
+    def take_into_average(self) -> None:
+        self.averaged += 1
+        for name, parameter in self.model.named_parameters():
+            if name in self.average:
+                self.average[name].lerp_(parameter.detach(), 1 / self.averaged)
+            else:
+                self.average[name] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Exchange the weights and their average."""
+        for name, parameter in self.model.named_parameters():
+            current = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(current)
+
+
+def starting_shape(configuration: PretrainConfiguration, manifest: Manifest) -> EncoderConfig:
+    """The shape that a run has, known without a weight.
+
+    Raises:
+        InputError: no model there, or one with fewer rows than the shards have tokens.
+    """
+    settings = configuration.model
+    if settings.start is None:
+        return shape_of(settings, manifest)
+    folder = read_folder(storage.local_model(settings.start))
+    if folder.config.vocab_size < manifest.vocab_size:
+        raise InputError(
+            f"{settings.start} has {folder.config.vocab_size} rows and the token shards ids up to "
+            f"{manifest.vocab_size - 1}; prepare them with the model's tokenizer"
+        )
+    return folder.config
+
+
+def begin(configuration: PretrainConfiguration, manifest: Manifest, replicas: Replicas) -> State:
+    """The state before the first step: every worker makes the same.
+
+    Raises:
+        InputError: a model to start from that cannot be read or does not fit.
+    """
+    work, settings = configuration.work, configuration.model
+    dtype, reason = choose_dtype(work.dtype, replicas.device)
+    options: dict[str, Any] = {"attention": work.attention, "dtype": dtype, "device": replicas.device}
+    shape = starting_shape(configuration, manifest)
+    generator = torch.Generator().manual_seed(configuration.seed)
+    if settings.start is not None:
+        loaded = load_model(read_folder(storage.local_model(settings.start)), MASKED, **options)
+        assert isinstance(loaded, MaskedLanguageModel)
+        language_model = loaded.float()
+    else:
+        # Drawn on the host, so that every device starts from the same weights.
+        language_model = MaskedLanguageModel(Encoder(shape, attention="blocks", dtype=dtype))
+        init_weights(language_model, shape, generator)
+        if settings.tile_from is not None:
+            small = load_model(read_folder(storage.local_model(settings.tile_from)), MASKED)
+            assert isinstance(small, MaskedLanguageModel)
+            tile(small.float(), language_model)
+        encoder = language_model.model
+        encoder.attention, encoder.attention_reason = choose_backend(
+            work.attention, device=replicas.device, dtype=dtype, head_size=shape.head_size
+        )
+    log.info("computing in %s: %s", str(dtype).removeprefix("torch."), reason)
+    objective = configuration.objective
+    model = Pretraining(language_model, ordering=objective.ordering_weight > 0, z_weight=objective.z_weight)
+    if model.ordering is not None:
+        init_weights(model.ordering, shape, generator)
+    model.to(replicas.device)
+    language_model.model.checkpoint_activations = work.checkpoint_activations
+    if work.compile:
+        for layer in language_model.model.layers:
+            layer.compile(dynamic=True)
+    module = replicas.spread(model)
+    optimizer = StableAdamW(
+        parameter_groups(model, 0.0),
+        lr=0.0,
+        peak_lr=1.0,
+        betas=(configuration.optimizer.beta_1, configuration.optimizer.beta_2),
+        eps=configuration.optimizer.eps,
+    )
+    guard = SpikeGuard(deviations=configuration.optimizer.spike_deviations)
+    return State(model, module, optimizer, LossScale.of(dtype), guard)
+
+
+def take_down(
+    state: State, configuration: PretrainConfiguration, phases: tuple[Phase, ...], manifest: Manifest, first: bool
+) -> Checkpoint | None:
+    """A checkpoint of this state, on the first worker; the others take part where tensors are sharded."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in state.model.named_parameters():
+        moments = state.optimizer.moments(parameter)
+        parts = {"weights": parameter, "first": moments[0], "second": moments[1]}
+        if state.average:
+            parts["average"] = state.average[name]
+        for kind, part in parts.items():
+            tensor = whole(part)
+            if first:
+                tensors[f"{kind}.{name}"] = on_host(tensor)
+    if not first:
+        return None
+    # Nothing here draws from torch's generator; what somebody adds to a model may.
+    tensors["rng"] = torch.get_rng_state()
+    record = {
+        "phase": state.phase,
+        "stream": dataclasses.asdict(state.stream),
+        "tokens": state.tokens,
+        "optimizer_steps": state.optimizer.steps,
+        "scale": dataclasses.asdict(state.scale),
+        "guard": dataclasses.asdict(state.guard),
+        "averaged": state.averaged,
+        "shape": state.model.language_model.model.config.to_hf(),
+        "ordering": state.model.ordering is not None,
+        "manifest": manifest.fingerprint,
+        "seed": configuration.seed,
+        "phases": [[phase.name, phase.settings.model_dump()] for phase in phases],
+    }
+    return Checkpoint(state.step, tensors, record)
+
+
+def bring_back(state: State, checkpoint: Checkpoint) -> None:
+    """Set a new state to what a checkpoint has; all workers read the same."""
+    record, tensors = checkpoint.record, checkpoint.tensors
+    state.step, state.phase, state.tokens = checkpoint.step, record["phase"], record["tokens"]
+    state.stream = StreamState(**record["stream"])
+    state.scale = LossScale(**record["scale"])
+    state.guard = dataclasses.replace(
+        state.guard, **{name: record["guard"][name] for name in ("losses", "norms", "skipped")}
+    )
+    state.averaged = record["averaged"]
+    state.optimizer.steps = record["optimizer_steps"]
+    for name, parameter in state.model.named_parameters():
+        first, second = state.optimizer.moments(parameter)
+        for kind, part in (("weights", parameter), ("first", first), ("second", second)):
+            fill(part, tensors[f"{kind}.{name}"])
+        if state.averaged:
+            state.average[name] = torch.empty_like(parameter, requires_grad=False)
+            fill(state.average[name], tensors[f"average.{name}"])
+    torch.set_rng_state(tensors["rng"])
+
+
+def checkpoint_bytes(shape: EncoderConfig, *, average: bool) -> int:
+    """About what a checkpoint takes on a disk: weights and two moments in float32, and an average."""
+    count = shape.num_parameters() + shape.hidden_size * (shape.hidden_size + 1) + shape.vocab_size
+    return 4 * count * (4 if average else 3)
+
+
+def check_resumable(
+    record: Mapping[str, Any], shape: EncoderConfig, configuration: PretrainConfiguration, phases: tuple[Phase, ...]
+) -> None:
+    """See that a run with these settings may go on from a checkpoint.
+
+    Raises:
+        InputError: it is of another model or seed, or its phases, as far as they were trained, are not these.
+    """
+    again = "use the old settings, or another output for a new run"
+    before = EncoderConfig.from_hf(record["shape"])
+    for item in dataclasses.fields(EncoderConfig):
+        old, new = getattr(before, item.name), getattr(shape, item.name)
+        if item.name not in CHANGES_WITH_PHASES and old != new:
+            raise InputError(f"the checkpoint is of another architecture: {item.name} is {old}, not {new}; {again}")
+    if record["ordering"] != (configuration.objective.ordering_weight > 0):
+        raise InputError(f"the checkpoint is of another architecture: sentence ordering was switched since; {again}")
+    if record["seed"] != configuration.seed:
+        raise InputError(f"the run began with seed {record['seed']}, not {configuration.seed}; {again}")
+    trained = record["phases"][: record["phase"] + 1]
+    for number, (name, settings) in enumerate(trained):
+        if number >= len(phases) or phases[number].name != name:
+            raise InputError(
+                f"the checkpoint stands in phase {trained[-1][0]!r}, which cannot be reached: phase {number} of the "
+                f"configuration is not {name!r}; {again}"
+            )
+        for key, value in phases[number].settings.model_dump().items():
+            # Of the phase in progress the end may move, as long as it lies ahead.
+            may_move = number == record["phase"] and key in ("tokens", "decay_tokens", "average_every")
+            if value != settings.get(key) and not may_move:
+                raise InputError(
+                    f"phase {name!r} was trained with {key} {settings.get(key)}, not {value}, as far as the checkpoint "
+                    f"goes; {again}"
+                )
+    if record["phase"] < len(phases) and record["stream"]["step"] > phases[record["phase"]].num_steps:
+        raise InputError(
+            f"the checkpoint stands at step {record['stream']['step']} of phase {trained[-1][0]!r}, which ends at "
+            f"{phases[record['phase']].num_steps}; give the phase its tokens again"
+        )
+
+
+def save_model(state: State, output: str, tokenizer_folder: str, *, first: bool) -> None:
+    """Write the model folder of a run, OUTPUT/model; all workers take part where weights are sharded."""
+    language_model = state.model.language_model
+    weights = {name: on_host(p) for name, p in ((n, whole(p)) for n, p in language_model.named_parameters()) if first}
+    if not first:
+        return
+    with torch.device("meta"):
+        plain = MaskedLanguageModel(Encoder(language_model.model.config, attention="blocks"))
+    plain.load_state_dict(weights, assign=True, strict=False)  # the tied decoder has no weight of its own
+    if plain.model.config.tie_word_embeddings:
+        plain.decoder.weight = plain.model.embeddings.tok_embeddings.weight
+    files, path = storage.filesystem(output)
+    if isinstance(files, LocalFileSystem):
+        save_folder(plain, f"{path}/{MODEL}", tokenizer_from=tokenizer_folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="nightloom-model-") as folder:
+        for file in sorted(save_folder(plain, Path(folder) / MODEL, tokenizer_from=tokenizer_folder).iterdir()):
+            copy_file(LocalFileSystem(), str(file), files, f"{path}/{MODEL}/{file.name}")
