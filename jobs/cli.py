@@ -65,6 +65,12 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--delete-missing", action="store_true", default=None, help="remove documents that the source no longer has"
         )
+    commands.choices["embed"].add_argument(
+        "--budget-tokens", metavar="N", type=int, help="stop when the encoder has seen so many; the next run goes on"
+    )
+    commands.choices["embed"].add_argument(
+        "--deadline", metavar="HH:MM", help="stop at this time of day; the next run goes on"
+    )
     commands.choices["plan"].add_argument(
         "--price-per-hour", metavar="PRICE", type=float, help="of the machines that embed: say what a run would cost"
     )
@@ -83,6 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("tokens", metavar="TOKENS", help="folder or s3:// prefix of the token shards")
     command.add_argument("--tokenizer", metavar="FOLDER", help="folder with tokenizer.json")
     command.add_argument("--train-tokenizer", metavar="SIZE", type=int, help="train a tokenizer of so many entries")
+    command = commands.add_parser("pretrain", help="train an encoder on token shards, or go on with training")
+    command.add_argument("config", metavar="CONFIG", help="TOML file with settings; jobs/configs has some")
     command = commands.add_parser("runs", help="list the runs that wrote to a table")
     command.add_argument("table", metavar="TABLE")
     command.add_argument("--last", metavar="N", type=int, default=20, help="how many (default: 20)")
@@ -91,9 +99,10 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("rollback", help="let readers see a version that was published before")
     command.add_argument("table", metavar="TABLE")
     command.add_argument("version", metavar="VERSION", type=int, nargs="?", help="default: the one before theirs")
-    for name in ("embed", "plan", "prepare"):
+    for name in ("embed", "plan", "prepare", "pretrain"):
         command = commands.choices[name]
-        command.add_argument("--config", metavar="FILE", help="TOML file with settings")
+        if name != "pretrain":
+            command.add_argument("--config", metavar="FILE", help="TOML file with settings")
         command.add_argument(
             "--set", metavar="KEY=VALUE", action="append", default=[], help="one setting; wins over the file"
         )
@@ -109,8 +118,10 @@ class ShowSettings(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from jobs.configuration import EmbedConfiguration, PrepareConfiguration, describe
+        from jobs.phases import PretrainConfiguration
 
-        print("\n".join(describe(PrepareConfiguration if self.const == "prepare" else EmbedConfiguration)))
+        others = {"prepare": PrepareConfiguration, "pretrain": PretrainConfiguration}
+        print("\n".join(describe(others.get(str(self.const), EmbedConfiguration))))
         parser.exit()
 
 
@@ -127,6 +138,12 @@ def run(options: argparse.Namespace) -> Report:
             elsewhere=[default_model()],
             device=options.device,
         )
+    if options.command == "pretrain":
+        from jobs.configuration import load
+        from jobs.phases import PretrainConfiguration
+        from jobs.pretrain import run_pretrain
+
+        return run_pretrain(load(PretrainConfiguration, file=options.config, sets=options.set, given={}))
     if options.command == "export":
         from jobs.export import run_export
 
@@ -151,6 +168,8 @@ def run(options: argparse.Namespace) -> Report:
         "table": options.table,
         "model": options.model,
         "delete_missing": options.delete_missing,
+        "budget_tokens": getattr(options, "budget_tokens", None),
+        "deadline": getattr(options, "deadline", None),
     }
     configuration = load(
         EmbedConfiguration, file=options.config, sets=options.set, given=given, defaults={"model": default_model()}

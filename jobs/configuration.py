@@ -105,6 +105,12 @@ class EmbedConfiguration(Settings):
     """Model folder or hub id; by default the model that comes with nightloom."""
     delete_missing: bool = False
     """Remove documents from the table that the source does not hold any more."""
+    keep_versions: int = Field(default=7, gt=0)
+    """Versions that stay after they were published, the newest included: so far `nightloom rollback` can go back."""
+    budget_tokens: int | None = Field(default=None, gt=0)
+    """Stop when the encoder has seen so many tokens: changed documents go first, then new ones."""
+    deadline: str | None = None
+    """Stop at this time of day, as in "06:00" (local time; the next one after the start)."""
     columns: ColumnSettings = ColumnSettings()
     chunking: ChunkingSettings = ChunkingSettings()
     vectors: VectorSettings = VectorSettings()

@@ -6,16 +6,18 @@ nor torch is started.
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cluster.session import SPARE_CPUS, local_cpus, physical_cores, session
 from jobs.configuration import EmbedConfiguration
 from jobs.plan import (
     Corpus,
     Model,
-    carried_fields,
     is_small,
     list_corpus,
     make_recipe,
@@ -25,10 +27,14 @@ from jobs.plan import (
 )
 from jobs.report import EmbedReport, Progress
 from model.errors import InputError
-from pipeline.apply import Applied, Job, Workers, apply
+from pipeline import storage
+from pipeline.apply import Applied, apply
 from pipeline.lease import Lease
 from pipeline.ledger import new_run, recorded, rolled_back
 from pipeline.table import EmbeddingTable
+from pipeline.upkeep import clean_up, compact
+from pipeline.work import Limit
+from pipeline.workers import Job, Workers
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +52,7 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
     Raises:
         InputError: the source, the model, the table or the configuration is wrong, or another run is writing.
     """
+    limit = limit_of(configuration)
     files = list_corpus(configuration)
     model = read_model(configuration)
     table = open_table(configuration, model)  # refuses before anything is written
@@ -60,19 +67,30 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
         # (Ray does, to start itself) while another of its threads imports torch can hang.
         if table is None or not is_small(files):
             ray_session.start()
-        corpus = survey_corpus(configuration, files, table, in_process=is_small(files))
+        corpus = survey_corpus(configuration, files, table, in_process=is_small(files), keep=True)
         if corpus.plan.work or table is None:
             ray_session.start()
         if table is None:
             table = create_table(configuration, model, corpus)
             table.lease = lease
-        entry.set(recipe=asdict(table.recipe), fingerprint=table.fingerprint, version_before=table.version)
+        before = table.version
+        entry.set(
+            recipe=asdict(table.recipe),
+            fingerprint=table.fingerprint,
+            version_before=before,
+            published_before=table.published_version(),
+        )
 
         began = time.monotonic()
-        applied = embed_documents(configuration, model, corpus, table, run)
+        applied = embed_documents(configuration, model, corpus, table, run, limit)
         entry.set(embedding_s=round(time.monotonic() - began, 3) if applied.tokens else 0.0)
-        table.commit([], corpus.plan.deleted, corpus.keys, run=run)
-        status = publish(table)
+        table.commit([], corpus.plan.deleted, corpus.plan.removals, run=run)
+        # A first version that readers see has the whole corpus; in later ones some documents may be a night behind.
+        partial = bool(applied.stopped)
+        status = "partial" if partial and table.published_version() is None else publish(table, run, ray_session)
+        if partial:
+            log.warning("%s: %d documents are left for the next run", applied.stopped, applied.left)
+            status = "partial"
 
         report = make_report(corpus, table, applied, status, entry.seconds())
         entry.set(
@@ -83,10 +101,12 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
             tokens=applied.tokens,
             encoder_s=round(applied.encoder_s, 3),
             commits=applied.commits,
-            dead=(corpus.plan.dead + applied.dead)[:MOST_DEAD_KEPT],
+            dead=[*corpus.plan.dead, *(letter.shown() for letter in applied.dead.values())][:MOST_DEAD_KEPT],
         )
-        if status == "published":
+        if table.published_version() == table.version != before:
             entry.set(rows=table.dataset.count_rows(), documents=table.count_documents())
+        if table.version != before or lease.crashed:
+            tidy(table, configuration.keep_versions)
     return report
 
 
@@ -123,6 +143,15 @@ class Session:
             self.resources.enter_context(session(self.compute.address, num_cpus=cpus))
             self.started = True
 
+    def each(self, function: Callable[..., str], calls: list[tuple[Any, ...]]) -> list[str]:
+        """What a function gives for each list of arguments: on workers where there are any, else here."""
+        if not self.started:
+            return [function(*call) for call in calls]
+        import ray
+
+        task = ray.remote(function)
+        return ray.get([task.remote(*call) for call in calls])
+
 
 def create_table(configuration: EmbedConfiguration, model: Model, corpus: Corpus) -> EmbeddingTable:
     """The empty table of a first run. Needs a Ray session, which knows what the vectors' precision is to be."""
@@ -131,12 +160,12 @@ def create_table(configuration: EmbedConfiguration, model: Model, corpus: Corpus
     dtype = vectors.dtype if vectors.dtype != "auto" else dtype_of_workers(compute.address, device)
     recipe = make_recipe(model, dtype=dtype, vector_type=vectors.type)
     return EmbeddingTable.create(
-        configuration.table, recipe, model=lasting_name(configuration.model), carried=carried_fields(corpus)
+        configuration.table, recipe, model=lasting_name(configuration.model), carried=corpus.carried
     )
 
 
 def embed_documents(
-    configuration: EmbedConfiguration, model: Model, corpus: Corpus, table: EmbeddingTable, run: str
+    configuration: EmbedConfiguration, model: Model, corpus: Corpus, table: EmbeddingTable, run: str, limit: Limit
 ) -> Applied:
     """Embed and commit what the plan says. Needs a Ray session if there is anything to embed."""
     if not corpus.plan.work:
@@ -157,12 +186,12 @@ def embed_documents(
         workers=plan_workers(configuration, choose_device(configuration.compute.device)),
         commit_every_s=configuration.compute.commit_every_s,
     )
-    with Progress(len(corpus.plan.embedded), corpus.plan.chars) as progress:
-        return apply(job, corpus.plan, table, corpus.keys, advance=progress.advance)
+    with Progress(corpus.plan.num_documents, corpus.plan.chars) as progress:
+        return apply(job, corpus.plan, table, corpus.plan.removals, limit=limit, advance=progress.advance)
 
 
-def publish(table: EmbeddingTable) -> str:
-    """Move the tag to this version, unless readers see it or a rollback took it back; the status of the run."""
+def publish(table: EmbeddingTable, run: str, ray_session: Session) -> str:
+    """Compact, and move the tag, unless readers see this version or a rollback took it back; the status of the run."""
     published = table.published_version()
     if published == table.version:
         return "unchanged"
@@ -175,8 +204,17 @@ def publish(table: EmbeddingTable) -> str:
             table.version,
         )
         return "unchanged"
+    compact(table, run, each=ray_session.each)
     table.publish()
     return "published"
+
+
+def tidy(table: EmbeddingTable, keep_versions: int) -> None:
+    """Clean up. The run has done its work by then: what is left behind is for the next."""
+    try:
+        clean_up(table, keep_versions=keep_versions)
+    except Exception as error:
+        log.warning("the clean-up of %s is left to the next run: %s", table.uri, storage.first_words(error))
 
 
 def make_report(corpus: Corpus, table: EmbeddingTable, applied: Applied, status: str, seconds: float) -> EmbedReport:
@@ -201,7 +239,27 @@ def make_report(corpus: Corpus, table: EmbeddingTable, applied: Applied, status:
         padding=applied.padding_tokens / max(applied.tokens + applied.padding_tokens, 1),
         seconds=round(seconds, 3),
         tokens_per_s=round(applied.tokens / max(seconds, 1e-9), 1),
+        left=applied.left,
+        published=table.published_version(),
     )
+
+
+def limit_of(configuration: EmbedConfiguration, now: datetime | None = None) -> Limit:
+    """The limits of a run that starts now.
+
+    Raises:
+        InputError: the deadline is no time of day.
+    """
+    if configuration.deadline is None:
+        return Limit(configuration.budget_tokens)
+    now = now or datetime.now()
+    try:
+        wanted = datetime.strptime(configuration.deadline, "%H:%M").time()
+    except ValueError:
+        raise InputError(f"the deadline {configuration.deadline!r} is no time of day; write it as in 06:00") from None
+    end = datetime.combine(now.date(), wanted)
+    end = end if end > now else end + timedelta(days=1)
+    return Limit(configuration.budget_tokens, end.timestamp())
 
 
 def lasting_name(model: str) -> str:

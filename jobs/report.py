@@ -17,7 +17,8 @@ class EmbedReport:
 
     job: str
     status: str
-    """published: readers see a new version; unchanged: nothing was to do; unpublished: the reason is on stderr."""
+    """published: readers see a new version; unchanged: nothing was to do; partial: a limit ended the run before all was
+    done; unpublished: the reason is on stderr."""
     table: str
     version: int
     fingerprint: str
@@ -37,9 +38,13 @@ class EmbedReport:
     """Share of what the encoder computed that was padding."""
     seconds: float
     tokens_per_s: float
+    left: int = 0
+    """Documents that the run did not come to."""
+    published: int | None = None
+    """The version that readers see."""
 
     def __post_init__(self) -> None:
-        accounted = self.embedded + self.unchanged + self.empty + self.duplicate + self.dead
+        accounted = self.embedded + self.unchanged + self.empty + self.duplicate + self.dead + self.left
         if accounted != self.read:
             raise RuntimeError(f"{self.read} documents were read, {accounted} are accounted for: {asdict(self)}")
 
@@ -51,8 +56,8 @@ class EmbedReport:
                 head = f"Nothing to embed: {self.table} is up to date."
         else:
             head = f"{self.embedded:,} documents embedded into {self.table}"
-            head += f", published as version {self.version}." if self.status == "published" else "; not published."
-        others = ("unchanged", "empty", "duplicate", "dead", "deleted")
+            head += f", published as version {self.version}." if self.published == self.version else "; not published."
+        others = ("left", "unchanged", "empty", "duplicate", "dead", "deleted")
         lines = [head, "", line("read", f"{self.read:,} documents")]
         lines += [line(name, f"{value:,}") for name in others if (value := getattr(self, name))]
         if self.embedded:

@@ -1,8 +1,7 @@
 """Carry out a plan: read, tokenize, embed and write on workers, commit on the driver while it goes.
 
-A worker's output counts only when it is committed here, once, whatever was retried or lost on the way. Fragments are
-written in the actor that embeds, not in a stage of their own: Ray Data cuts blocks by size between stages, and a
-document's rows must not be cut.
+A worker's output counts only when it is committed here, once, whatever was retried or lost on the way; and only when
+the worker has shown with the probes that it computes what the table holds.
 """
 
 import json
@@ -10,26 +9,23 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline.chunks import ChunkingConfig
-from pipeline.documents import DocumentColumns
-from pipeline.survey import Plan, read_work, work_tables
-from pipeline.table import KEY, EmbeddingTable, Keys, hash_ids, is_among, write_fragment
-from pipeline.tokens import TokenizeStage
+from pipeline.dead import Dead, DeadLetters
+from pipeline.probes import Probes, Vectors, from_bytes, is_canary, keep_canaries
+from pipeline.quarantine import start_watch
+from pipeline.survey import Plan
+from pipeline.table import KEY, EmbeddingTable, Keys
+from pipeline.work import Limit
+from pipeline.workers import EmbedAndWrite, Job, read_and_tokenize
 
 log = logging.getLogger(__name__)
-
-CHARS_PER_TASK = 16_000_000
-"""Most text that one reading task goes through: small enough that a lost task is soon repeated."""
 
 PAUSE_S = 1.0
 """How often the driver looks whether a commit is due while no fragment arrives."""
@@ -37,38 +33,6 @@ PAUSE_S = 1.0
 CPUS_OF_READER = 0.75
 """Not the 1 of an actor: Ray Data fuses stages of equal resources, and a fused actor would tokenize while its encoder
 waits, and say nothing before all documents of a reading task are embedded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """How the work is spread."""
-
-    actors: int
-    """Processes that hold the encoder."""
-    device: str
-    """cpu or cuda; an actor takes one GPU."""
-    threads: int
-    """Threads of one actor on CPUs."""
-    tokens_per_batch: int | None
-    """Token budget of a forward pass; None leaves it to the device."""
-    block_chars: int
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """How a run embeds: everything that its workers and its driver are told beside the plan."""
-
-    uri: str
-    """The table."""
-    run: str
-    columns: DocumentColumns
-    chunking: ChunkingConfig
-    prompt: str
-    embedding: dict[str, Any]
-    """Arguments of `EmbedStage`."""
-    workers: Workers
-    commit_every_s: float
-    """Longest time that a written fragment waits for its commit."""
 
 
 @dataclass(slots=True)
@@ -82,90 +46,78 @@ class Applied:
     padding_tokens: int = 0
     commits: int = 0
     missing: int = 0
-    """Documents of the plan that no worker returned: they could not be tokenized, or their file changed since."""
-    dead: list[dict[str, str]] = field(default_factory=list)
-    """id, source, stage and error of those among them for which a stage gave a reason."""
+    """Documents of the plan that no worker returned: they are dead, or their file changed since."""
+    dead: dict[bytes, Dead] = field(default_factory=dict)
+    """By the hashes of their ids, those for which a stage gave a reason."""
+    probed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """{gate: how far the vectors of the probes were from what they should be, over all workers}."""
+    refused: str = ""
+    """Why a gate ended the work before all was done."""
+    stopped: str = ""
+    """Which limit ended the work before all was done."""
+    left: int = 0
+    """Documents that were not reached then."""
     encoder_s: float = 0.0
     """Seconds that actors spent in the encoder, all together."""
 
 
-@lru_cache(maxsize=1)
-def tokenizer_of(model: str, chunking: ChunkingConfig, prompt: str) -> TokenizeStage:
-    """The tokenizer of this process: tasks come and go, their process stays."""
-    return TokenizeStage(model, chunking, prompt)
-
-
-def read_and_tokenize(
-    items: pa.Table, *, columns: DocumentColumns, model: str, chunking: ChunkingConfig, prompt: str, block_chars: int
-) -> Iterator[pa.Table]:
-    """Work items -> token tables, each of about `block_chars` characters."""
-    stage = tokenizer_of(model, chunking, prompt)
-    for documents in read_work(items, columns, block_chars):
-        yield stage(documents)
-
-
-class EmbedAndWrite:
-    """Ray Data actor: token table -> one row that says which fragment holds its vectors, and what it cost."""
-
-    def __init__(self, uri: str, run: str, threads: int, **embedding: Any) -> None:
-        import torch  # here, because the driver of a run that finds nothing to do needs none of it
-
-        from pipeline.embedding import EmbedStage
-
-        if embedding["device"] == "cpu":
-            torch.set_num_threads(threads)
-        self.uri, self.run = uri, run
-        self.stage = EmbedStage(**embedding)
-
-    def __call__(self, tokens: pa.Table) -> pa.Table:
-        parts = list(self.stage.embed(tokens))
-        rows = pa.concat_tables([part.rows for part in parts])
-        dead = [
-            row for part in parts for row in part.dead.select(["document_id", "source", "stage", "error"]).to_pylist()
-        ]
-        statistics = [part.statistics for part in parts]
-        written = {
-            "fragment": write_fragment(self.uri, rows, self.run) if len(rows) else "",
-            "ids": np.unique(hash_ids(rows["document_id"].unique())).tobytes(),
-            "dead": json.dumps(dead),
-            "chunks": len(rows),
-            "chars": pc.sum(tokens["num_chars"]).as_py() or 0,
-            "tokens": sum(s.model_tokens for s in statistics),
-            "padding_tokens": sum(s.padding_tokens for s in statistics),
-            "truncated_tokens": sum(s.truncated_tokens for s in statistics),
-            "encoder_s": float(sum(s.seconds for s in statistics)),
-        }
-        return pa.table({name: [value] for name, value in written.items()})
+class Refused(Exception):
+    """A worker's probes came out wrong: nothing of it is committed, and the run ends."""
 
 
 def apply(
-    job: Job, plan: Plan, table: EmbeddingTable, keys: Keys, *, advance: Callable[[int, int, int], None]
+    job: Job,
+    plan: Plan,
+    table: EmbeddingTable,
+    keys: Keys,
+    *,
+    letters: DeadLetters | None = None,
+    probes: Probes | None = None,
+    off: Collection[str] = (),
+    limit: Limit = Limit(),  # noqa: B008 (frozen)
+    advance: Callable[[int, int, int], None],
 ) -> Applied:
     """Embed what the plan says and commit it, at the latest `job.commit_every_s` after it arrived.
 
     Needs a Ray session. What arrived before something failed is committed before the error goes on.
 
     Args:
+        letters: get an entry for every document that dies, and lose those of documents that are embedded now.
+        probes: the documents of `job.probes`, and what is known of them.
+        off: gates that refuse nothing.
+        limit: ends the work before all is done; what has been begun by then is lost.
         advance: called with (documents, tokens, characters) of every fragment that arrives.
 
     Raises:
         InputError: another run writes to the table, or a worker found the model or a source unusable.
     """
-    journal = Journal(table, keys, plan, job.run)
+    journal = Journal(table, keys, plan, job.run, letters, probes, off)
     waiting_since: float | None = None
+    tokens = 0
     try:
         for row in with_pauses(written_fragments(job, plan), PAUSE_S):
             if row is not None:
                 journal.add(row)
+                tokens += row["tokens"]
                 advance(len(row["ids"]) // KEY.itemsize, row["tokens"], row["chars"])
                 waiting_since = waiting_since or time.monotonic()
             if waiting_since and time.monotonic() - waiting_since >= job.commit_every_s:
                 journal.commit()
                 waiting_since = None
+            if stopped := limit.reached(tokens):
+                journal.applied.stopped = stopped
+                break
+    except Refused as refusal:
+        journal.applied.refused = str(refusal)
     finally:
         journal.commit()
-    journal.applied.missing = int((~journal.done).sum())
-    return journal.applied
+    applied = journal.applied
+    applied.missing = int((~journal.done).sum())
+    if applied.stopped or applied.refused:
+        applied.left = max(applied.missing - len(applied.dead), 0)
+        applied.missing -= applied.left
+        applied.stopped = applied.stopped if applied.left else ""
+    return applied
 
 
 def with_pauses(rows: Iterator[dict[str, Any]], pause_s: float) -> Iterator[dict[str, Any] | None]:
@@ -215,6 +167,7 @@ def written_fragments(job: Job, plan: Plan) -> Iterator[dict[str, Any]]:
     import ray
 
     workers = job.workers
+    watch = start_watch(workers.actors)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -223,36 +176,22 @@ def written_fragments(job: Job, plan: Plan) -> Iterator[dict[str, Any]]:
     context.target_max_block_size = max(workers.block_chars // 2, 1)
     gpus = {"num_gpus": 1} if workers.device == "cuda" else {}
     with ray.data.DataContext.current(context):
-        spread = max(workers.block_chars, min(CHARS_PER_TASK, plan.chars // 8))
+        work = [ray.put(item.rows) if isinstance(item.rows, pa.Table) else item.rows for item in plan.work]
         dataset = (
-            ray.data.from_arrow(work_tables(plan.work, spread))
+            ray.data.from_arrow_refs(work)
             .map_batches(
                 read_and_tokenize,
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=CPUS_OF_READER,
-                fn_kwargs={
-                    "columns": job.columns,
-                    "model": job.embedding["model_path"],
-                    "chunking": job.chunking,
-                    "prompt": job.prompt,
-                    "block_chars": workers.block_chars,
-                },
+                fn_kwargs={"job": job, "watch": watch},
             )
             .map_batches(
                 EmbedAndWrite,
                 batch_size=None,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers.actors),
-                fn_constructor_kwargs={
-                    "uri": job.uri,
-                    "run": job.run,
-                    "threads": workers.threads,
-                    "device": workers.device,
-                    "tokens_per_batch": workers.tokens_per_batch,
-                    "chunking": job.chunking,
-                    **job.embedding,
-                },
+                fn_constructor_kwargs={"job": job, "watch": watch},
                 num_cpus=1,
                 **gpus,
             )
@@ -269,13 +208,18 @@ class Journal:
     keys: Keys
     plan: Plan
     run: str
+    letters: DeadLetters | None = None
+    probes: Probes | None = None
+    off: Collection[str] = ()
     applied: Applied = field(default_factory=Applied)
     done: np.ndarray = field(init=False)
-    """bool, for each of `plan.embedded`."""
+    """bool, for each position of the plan."""
     waiting: list[dict[str, Any]] = field(default_factory=list)
+    died: list[Dead] = field(default_factory=list)
+    """Documents that have no letter yet."""
 
     def __post_init__(self) -> None:
-        self.done = np.zeros(len(self.plan.embedded), dtype=bool)
+        self.done = np.zeros(self.plan.num_documents, dtype=bool)
 
     def add(self, row: dict[str, Any]) -> None:
         """Take a fragment into the next commit, unless its documents are there already.
@@ -283,14 +227,16 @@ class Journal:
         A task that was repeated after its first output had arrived brings the same documents again. All of them: then
         the fragment is an orphan. Some of them: then it cannot be used without doubling rows, and the run must start
         again.
+
+        Raises:
+            Refused: the probes of the worker that sends it came out wrong.
         """
-        ids = np.frombuffer(row["ids"], KEY)
-        self.applied.dead += json.loads(row["dead"])
-        if not is_among(ids, self.plan.embedded).all():
-            raise RuntimeError("a worker returned documents that were not planned; nothing of it is committed")
-        if not len(ids):
+        if row.get("probes") and self.probes is not None:
+            self.verify(self.probes, from_bytes(row["probes"]))
+        at = np.frombuffer(row["positions"], np.int64)
+        self.died += [Dead.from_row(dead) for dead in json.loads(row["dead"])]
+        if not len(at):
             return
-        at = np.searchsorted(self.plan.embedded, ids)
         if self.done[at].all():
             log.info("a fragment came twice and is left out: %s", row["fragment"])
             return
@@ -299,12 +245,42 @@ class Journal:
         self.done[at] = True
         self.waiting.append(row)
 
+    def verify(self, probes: Probes, found: Vectors) -> None:
+        """Compare a worker's probes with what is known of them; the first canaries of a table are kept.
+
+        Raises:
+            Refused: one is farther off than rounding explains.
+        """
+        canaries = {key: vector for key, vector in found.items() if is_canary(key[0])}
+        first = probes.canaries is None
+        # Without an earlier one to compare with they are compared with themselves: so they must be finite at least.
+        self.probes = replace(probes, canaries=canaries if first else probes.canaries)
+        for gate, (distance, name) in self.probes.check(found).items():
+            before = self.applied.probed.setdefault(gate, {"distance": 0.0, "bound": probes.bound})
+            before["distance"] = max(before["distance"], distance)
+            if distance > probes.bound and gate not in self.off:
+                raise Refused(
+                    f"{gate}: embedded again, {name!r} is {distance:.2g} from its vector in the table (1 - cosine; at "
+                    f"most {probes.bound:.2g}): the model, its tokenizer or this machine computes something else"
+                )
+        if first:
+            keep_canaries(self.table.uri, self.table.fingerprint, probes.texts, canaries)
+
     def commit(self) -> None:
-        """Put the fragments that wait into the table, in place of the old rows of their documents."""
+        """Put the fragments that wait into the table, in place of the old rows of their documents.
+
+        Dead letters come first: after a crash between the two a document has none, and is tried again.
+        """
         rows, self.waiting = self.waiting, []
+        died, self.died = self.died, []
+        self.applied.dead |= {letter.key: letter for letter in died}
+        if self.letters is not None:
+            self.letters.record(died, self.run)
         if not rows:
             return
         ids = np.concatenate([np.frombuffer(row["ids"], KEY) for row in rows])
+        if self.letters is not None:
+            self.letters.remove(ids)
         self.table.commit([row["fragment"] for row in rows], ids[self.keys.known(ids)], self.keys, run=self.run)
         done = self.applied
         done.commits += 1

@@ -123,10 +123,8 @@ def read_records(table: str, *, last: int | None = None) -> list[dict[str, Any]]
 def rolled_back(table: str, newest: int, published: int) -> bool:
     """Whether readers are at `published` because a rollback put them there, with `newest` as the newest version."""
     for record in reversed(read_records(table)):
-        if record["status"] == "published":
-            return False
-        if record["status"] == ROLLED_BACK:
-            return (record["version"], record["published"]) == (newest, published)
+        if record.get("published") not in (None, record.get("published_before")):
+            return record["status"] == ROLLED_BACK and (record["version"], record["published"]) == (newest, published)
     return False
 
 

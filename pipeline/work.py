@@ -6,6 +6,7 @@ all tables of a plan, which travels with it: what comes back is ticked off by po
 
 import itertools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,6 +58,24 @@ class WorkTable:
         import ray
 
         return ray.get(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """When a run stops, whatever is left of its work; what it did stays."""
+
+    tokens: int | None = None
+    """Tokens that the encoder may see."""
+    deadline: float | None = None
+    """Seconds since the epoch."""
+
+    def reached(self, tokens: int) -> str:
+        """Why no more is to be done, or nothing."""
+        if self.tokens is not None and tokens >= self.tokens:
+            return f"the budget of {self.tokens:,} tokens is used up"
+        if self.deadline is not None and time.time() >= self.deadline:
+            return f"it is {time.strftime('%H:%M', time.localtime(self.deadline))}"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
