@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import tracemalloc
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -247,6 +248,17 @@ def test_a_closed_stream_leaves_no_thread(shards: TokenShards) -> None:
     assert threading.active_count() > before
     steps.close()
     assert threading.active_count() == before
+
+
+def test_memory_does_not_grow_with_the_steps(shards: TokenShards) -> None:
+    config = StreamConfig(max_tokens=256, tokens_per_bin=1024, tokens_per_step=4096, window_shards=2)
+    tracemalloc.start()
+    try:
+        with closing(TokenStream(shards, config).steps()) as steps:
+            held = [tracemalloc.get_traced_memory()[0] for _ in itertools.islice(steps, 400)]
+    finally:
+        tracemalloc.stop()
+    assert held[-1] < held[100] + 500_000, "a step has 100 kB, a window 20 kB, and the epochs 120 windows"
 
 
 def test_what_is_wrong_is_one_line(shards: TokenShards, tmp_path: Path) -> None:
