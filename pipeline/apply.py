@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,7 +120,7 @@ def apply(
     return applied
 
 
-def with_pauses(rows: Iterator[dict[str, Any]], pause_s: float) -> Iterator[dict[str, Any] | None]:
+def with_pauses(rows: Generator[dict[str, Any]], pause_s: float) -> Iterator[dict[str, Any] | None]:
     """The rows, and None whenever none came for `pause_s` seconds, so that a commit need not wait for the next.
 
     They are drawn in a thread of their own; what drawing them raises is raised here.
@@ -143,6 +143,9 @@ def with_pauses(rows: Iterator[dict[str, Any]], pause_s: float) -> Iterator[dict
                     return
         except BaseException as error:
             end = error
+        finally:
+            # In this thread, where they are drawn: what is left of the work ends, and its actors with it.
+            rows.close()
         offer(end)
 
     threading.Thread(target=draw, name="arrivals", daemon=True).start()
@@ -162,7 +165,7 @@ def with_pauses(rows: Iterator[dict[str, Any]], pause_s: float) -> Iterator[dict
         left.set()
 
 
-def written_fragments(job: Job, plan: Plan) -> Iterator[dict[str, Any]]:
+def written_fragments(job: Job, plan: Plan) -> Generator[dict[str, Any]]:
     """The distributed part: yields a row for every fragment as soon as it is written, in any order."""
     import ray
 
