@@ -193,6 +193,8 @@ def fit(configuration: PretrainConfiguration, display: Display) -> dict[str, Any
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    # Ray gives workers a minute to start; a machine that boots, or that is busy, takes longer.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     work = configuration.work
     use_gpu = work.device == "cuda" or (work.device == "auto" and torch.cuda.is_available())
     cpus = work.cpus_per_worker or (1 if use_gpu else max(1, len(os.sched_getaffinity(0)) // work.workers))

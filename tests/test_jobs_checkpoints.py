@@ -1,0 +1,93 @@
+"""Checkpoints: whole or not there, the latest few kept, on a disk and on S3, and one line where there is no room."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.checkpoints import RECORD, TENSORS, Checkpoint, Checkpoints, on_host
+from model.errors import InputError
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step, {"weights.a": torch.full((3, 4), float(step)), "b": torch.arange(5)}, {"tokens": step * 10})
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    if request.param == "local":
+        return lambda: str(tmp_path / "run")
+    for name, value in request.getfixturevalue("s3_server").items():
+        monkeypatch.setenv(name, value)
+    return lambda: f"s3://bucket/{tmp_path.name}/run"
+
+
+def test_what_is_saved_comes_back_and_the_oldest_go(output: Callable[[], str]) -> None:
+    checkpoints = Checkpoints(output(), keep=2)
+    assert checkpoints.steps() == []
+    for step in (5, 10, 15):
+        checkpoints.save(checkpoint(step))
+    checkpoints.wait()
+    assert Checkpoints(output()).steps() == [10, 15]
+    loaded = Checkpoints(output()).load(15)
+    assert torch.equal(loaded.tensors["weights.a"], torch.full((3, 4), 15.0))
+    assert torch.equal(loaded.tensors["b"], torch.arange(5))
+    assert (loaded.step, loaded.record["tokens"], loaded.record["step"]) == (15, 150, 15)
+
+
+def test_a_write_that_was_cut_off_is_no_checkpoint(output: Callable[[], str]) -> None:
+    """Its tensors are there, its record is not: as a killed process leaves it on S3; on a disk it has another name."""
+    checkpoints = Checkpoints(output())
+    checkpoints.save(checkpoint(5))
+    checkpoints.wait()
+    for name in ("step-000000010", ".partial-step-000000010"):
+        if checkpoints.is_local:
+            Path(f"{checkpoints.path}/{name}").mkdir()
+        with checkpoints.files.open_output_stream(f"{checkpoints.path}/{name}/{TENSORS}") as stream:
+            stream.write(b"half")
+    assert checkpoints.steps() == [5]
+    checkpoints.save(checkpoint(10))
+    checkpoints.wait()
+    assert checkpoints.steps() == [5, 10]
+    assert checkpoints.load(10).record["tokens"] == 100
+
+
+def test_writing_goes_on_beside_training(tmp_path: Path) -> None:
+    """What is handed over is a copy: a step after `save` does not change what is written."""
+    weights = torch.zeros(1000)
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(Checkpoint(1, {"w": on_host(weights)}, {}))
+    weights += 1
+    checkpoints.wait()
+    assert not checkpoints.load(1).tensors["w"].any()
+
+
+def test_a_write_that_fails_is_raised_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(checkpoint(1))
+    with pytest.raises(OSError):
+        checkpoints.wait()
+
+
+def test_damaged_ones_are_one_line(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path))
+    for step in (1, 2):
+        checkpoints.save(checkpoint(step))
+    checkpoints.wait()
+    folder = Path(checkpoints.path)
+    (folder / "step-000000001" / TENSORS).write_bytes(b"not tensors")
+    record = json.loads((folder / "step-000000002" / RECORD).read_text())
+    (folder / "step-000000002" / RECORD).write_text(json.dumps(record | {"format": 99}))
+    for step, message in ((1, "cannot be read"), (2, "format 99")):
+        with pytest.raises(InputError, match=message):
+            checkpoints.load(step)
+
+
+def test_too_little_disk_is_one_line(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path / "not" / "there" / "yet"), keep=2)
+    checkpoints.check_space(1000)
+    with pytest.raises(InputError, match=r"needs .* MB for checkpoints and the disk has .* MB left"):
+        checkpoints.check_space(1 << 50)
