@@ -182,6 +182,13 @@ void pack_keys(const Attention& p, const Item& item, int low, int high, int padd
   for (int at = 0; at < padded; at += ROWS) {
     for (int i = 0; i < ROWS; i++) {
       const int64_t token = item.start + low + at + i;
+      // Rows of a head lie kilobytes apart, where no hardware looks ahead.
+      const int64_t ahead = std::min<int64_t>(token + ROWS, item.start + high - 1) * p.stride + item.head * H;
+      for (int d = 0; d < H; d += PAIRS) {
+        _mm_prefetch((const char*)(p.k + ahead + d), _MM_HINT_T0);
+        _mm_prefetch((const char*)(p.v + ahead + d), _MM_HINT_T0);
+        _mm_prefetch((const char*)(p.q + ahead + d), _MM_HINT_T0);
+      }
       if (low + at + i < high)
         rotated<H>(p, p.k + token * p.stride + item.head * H, token, rows + i * H);
       else
