@@ -7,6 +7,7 @@ that finds the same corpus prepared already does nothing; one that finds another
 
 import json
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,7 @@ from pipeline.vocabulary import FOLDER, Vocabulary, copy_tokenizer, read_vocabul
 
 log = logging.getLogger(__name__)
 
+SHARD = re.compile(rf"({TRAIN}|{HELD_OUT_SPLIT})-\d+\.arrow")
 TRAINING_BYTES = 256_000_000
 """Text that a tokenizer is trained on, at most: merges do not change any more with more."""
 MOST_DEAD_KEPT = 1000
@@ -141,7 +143,7 @@ def run_prepare(configuration: PrepareConfiguration) -> PrepareReport:
         if done:
             log.info("%d of %d shards are there from a run before", len(done), len(plans))
         tokenized = 0
-        with Progress(len(documents.file_D), sum(plan.bytes for plan in plans)) as progress:
+        with Progress(len(documents.file_D), sum(plan.bytes for plan in plans), "preparing") as progress:
             sizes = {plan.name: plan.bytes for plan in plans}
             todo = make_tasks([plan for plan in plans if plan.name not in done], documents, files)
             for record in written_shards(todo, uri, columns, vocabulary, fingerprint):
@@ -199,7 +201,7 @@ def look_at(files: Sequence[SourceFile], columns: DocumentColumns, *, in_process
 def check_place(uri: str) -> None:
     """Refuse a place that holds something else than an unfinished run."""
     for name in list_names(uri):
-        ours = name.startswith((f"{PARTS}/", f"{FOLDER}/", f"{RECORDS}/", TRAIN, HELD_OUT_SPLIT))
+        ours = SHARD.fullmatch(name) or name.startswith((f"{PARTS}/", f"{FOLDER}/", f"{RECORDS}/"))
         if not ours and not Path(name).name.startswith("."):
             raise InputError(f"{uri} is not empty: it holds {name}; name another place for the token shards")
 
@@ -313,7 +315,7 @@ def tidy(uri: str, manifest: Manifest) -> None:
     """Remove what unfinished runs left; the manifest has it all."""
     named = {entry.name for entries in manifest.shards.values() for entry in entries}
     for name in list_names(uri):
-        stray = name.endswith(".arrow") and name not in named
+        stray = SHARD.fullmatch(name) and name not in named
         if stray or name.startswith((f"{PARTS}/", ".")):
             remove_file(uri, name)
 

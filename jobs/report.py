@@ -95,7 +95,7 @@ class Progress:
     EVERY_S = 30.0
     """Seconds between lines where stderr is not a terminal."""
 
-    def __init__(self, total_documents: int, total_chars: int) -> None:
+    def __init__(self, total_documents: int, total_chars: int, doing: str = "embedding") -> None:
         self.total_documents, self.total_chars = total_documents, max(total_chars, 1)
         self.documents = self.tokens = self.chars_done = 0
         self.started = self.last_line = time.monotonic()
@@ -107,14 +107,14 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self.bar = Bar(
-                TextColumn("embedding"),
+                TextColumn(doing),
                 BarColumn(),
                 TextColumn("{task.fields[documents]}"),
                 TextColumn("{task.fields[speed]}"),
                 TimeRemainingColumn(elapsed_when_finished=True),
                 console=Console(stderr=True),
             )
-            self.task = self.bar.add_task("embed", total=self.total_chars, documents="starting", speed="")
+            self.task = self.bar.add_task(doing, total=self.total_chars, documents="starting", speed="")
 
     def __enter__(self) -> "Progress":
         if self.bar is not None:
