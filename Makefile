@@ -8,7 +8,7 @@ CORPUS := corpus
 DEMO_TABLE := build/demo.lance
 DEMO_QUERY ?= how do I sort a list
 
-.PHONY: setup demo test check bench lock clean
+.PHONY: setup demo test test-faults check bench lock clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -30,6 +30,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Runs that are killed at seeded moments; the counts go to benchmarks/results/.
+test-faults: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.faults
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -202,11 +202,11 @@ class Scene:
             done.set()
             thread.join(30)
 
-    def verify(self) -> int:
-        """Hold the table against the undisturbed one; returns how many versions were looked at.
+    def verify(self) -> tuple[int, list[str]]:
+        """Hold the table against the undisturbed one.
 
-        Raises:
-            AssertionError: naming every difference, every partial document, every bad state that a reader saw.
+        Returns:
+            How many versions were looked at; every difference, partial document and bad state that a reader saw.
         """
         faults = list(self.faults)
         faults += differences(self.dataset(PUBLISHED), self.after)
@@ -216,8 +216,7 @@ class Scene:
         for version in versions:
             partial = partial_documents(rows_of(self.dataset(version)), self.before, self.after)
             faults += [f"version {version}: {name} is partial or doubled" for name in partial]
-        assert not faults, "\n".join(faults)
-        return len(versions)
+        return len(versions), faults
 
 
 def scan(folder: str) -> Iterator[str]:
@@ -271,7 +270,8 @@ def disturb(scene: Scene, kind: str, seed: int, moment: Moment, harm: Callable[[
 def conclude(
     scene: Scene, kind: str, seed: int, moment: Moment, phase: str | None, outcome: str, reruns: int, begun: float
 ) -> None:
-    versions = scene.verify()
+    """Compare, keep a line of it, and fail where there is a difference."""
+    versions, found = scene.verify()
     log_run(
         fault=kind,
         seed=seed,
@@ -282,9 +282,10 @@ def conclude(
         outcome=outcome,
         reruns=reruns,
         versions=versions,
-        differences=0,
+        differences=len(found),
         seconds=round(time.monotonic() - begun, 1),
     )
+    assert not found, "\n".join(found)
 
 
 def log_run(**fields: Any) -> None:
