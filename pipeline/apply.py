@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.dead import Dead, DeadLetters
+from pipeline.keys import KEY, Keys
 from pipeline.probes import Probes, Vectors, from_bytes, is_canary, keep_canaries
 from pipeline.quarantine import start_watch
 from pipeline.survey import Plan
-from pipeline.table import KEY, EmbeddingTable, Keys
+from pipeline.table import EmbeddingTable
 from pipeline.work import Limit
 from pipeline.workers import EmbedAndWrite, Job, read_and_tokenize
 

@@ -289,23 +289,25 @@ class Place:
     def create(self, owner: Owner) -> bool:
         """Make the object of an epoch, whole; False where it exists."""
         os.makedirs(self.folder, exist_ok=True)
-        draft = self._draft(owner)
+        draft = Path(self._draft(owner))
         try:
             os.link(draft, self.path(owner.epoch))
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # another was first, and may have swept the draft away
             return False
         finally:
-            os.unlink(draft)
+            draft.unlink(missing_ok=True)
         return True
 
     def replace(self, owner: Owner) -> None:
         os.replace(self._draft(owner), self.path(owner.epoch))
 
     def delete(self, epoch: int) -> None:
-        Path(self.path(epoch)).unlink(missing_ok=True)
+        """Delete an epoch, and what a process left of it that was killed while it wrote."""
+        for path in (Path(self.path(epoch)), *Path(self.folder).glob(f".{epoch:010}.*")):
+            path.unlink(missing_ok=True)
 
     def _draft(self, owner: Owner) -> str:
-        draft = f"{self.folder}/.{owner.token}"
+        draft = f"{self.folder}/.{owner.epoch:010}.{owner.token}"
         Path(draft).write_bytes(json.dumps(asdict(owner)).encode())
         return draft
 

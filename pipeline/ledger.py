@@ -69,7 +69,8 @@ def recorded(table: str, run: str, job: str, **facts: Any) -> Iterator[Entry]:
     try:
         yield entry
     except BaseException as error:
-        status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+        # Ray makes a SystemExit of SIGTERM.
+        status = INTERRUPTED if isinstance(error, (KeyboardInterrupt, SystemExit)) else FAILED
         entry.set(status=status, error=storage.last_words(error), ended=utc(), seconds=entry.seconds())
         try:
             entry.keep()

@@ -22,11 +22,11 @@ from model.errors import InputError
 from pipeline.chunks import boundary_ranks
 from pipeline.columns import DocumentColumns
 from pipeline.documents import read_documents
+from pipeline.keys import KEY, as_keys
 from pipeline.packing import look_ahead
 from pipeline.shards import HELD_OUT_SPLIT, TRAIN, shard_table, write_file, write_shard
 from pipeline.sources import DEAD, EMPTY, TEXT, Holding
 from pipeline.storage import SourceFile
-from pipeline.table import KEY, as_keys
 from pipeline.tokens import list_array, offsets_of
 from pipeline.vocabulary import corpus_tokenizer
 

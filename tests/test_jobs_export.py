@@ -11,7 +11,8 @@ from test_pipeline_table import RECIPE, apply, rows
 
 from jobs.export import run_export
 from model.errors import InputError
-from pipeline.table import EmbeddingTable, Keys, hash_ids, write_fragment
+from pipeline.keys import Keys, hash_ids
+from pipeline.table import EmbeddingTable, write_fragment
 
 
 @pytest.fixture

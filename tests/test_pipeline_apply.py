@@ -10,8 +10,9 @@ from test_pipeline_table import RECIPE, contents, rows
 
 from model.errors import InputError
 from pipeline.apply import Journal, with_pauses
+from pipeline.keys import hash_ids
 from pipeline.survey import FileWork, Plan
-from pipeline.table import EmbeddingTable, hash_ids, write_fragment
+from pipeline.table import EmbeddingTable, write_fragment
 
 
 def ids_of(names) -> np.ndarray:

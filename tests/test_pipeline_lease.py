@@ -205,6 +205,15 @@ def test_an_epoch_that_had_come_and_gone_is_given_up(tmp_path):
     assert place.numbers() == [9]
 
 
+def test_drafts_of_killed_processes_are_swept(tmp_path):
+    uri = str(tmp_path / "table.lance")
+    for _ in range(2):
+        with Lease.take(uri, "ours") as held:
+            Path(held.place.folder, f".{held.epoch:010}.killed").write_text("half a")
+    Lease.take(uri, "ours").release()
+    assert os.listdir(place_of(uri).folder) == ["0000000003.json"]
+
+
 def test_an_object_that_cannot_be_read_is_waited_for(tmp_path):
     uri = str(tmp_path / "table.lance")
     place = place_of(uri)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from model.errors import InputError
 from pipeline import preparation
 from pipeline.columns import DocumentColumns
+from pipeline.keys import KEY
 from pipeline.preparation import (
     Documents,
     choose_documents,
@@ -25,7 +26,6 @@ from pipeline.preparation import (
 from pipeline.shards import ShardEntry, read_shard
 from pipeline.sources import DEAD, EMPTY, TEXT, Holding, read_part, split_files
 from pipeline.storage import SourceFile, list_sources
-from pipeline.table import KEY
 from pipeline.vocabulary import copy_tokenizer, corpus_tokenizer, read_vocabulary
 
 COLUMNS = DocumentColumns()
