@@ -66,6 +66,12 @@ def make_parser() -> argparse.ArgumentParser:
             "--delete-missing", action="store_true", default=None, help="remove documents that the source no longer has"
         )
     commands.choices["embed"].add_argument(
+        "--retry-dead", action="store_true", default=None, help="try documents again that failed with the same text"
+    )
+    commands.choices["embed"].add_argument(
+        "--migrate", action="store_true", default=None, help="take the table over to another recipe (see the settings)"
+    )
+    commands.choices["embed"].add_argument(
         "--budget-tokens", metavar="N", type=int, help="stop when the encoder has seen so many; the next run goes on"
     )
     commands.choices["embed"].add_argument(
@@ -94,6 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("runs", help="list the runs that wrote to a table")
     command.add_argument("table", metavar="TABLE")
     command.add_argument("--last", metavar="N", type=int, default=20, help="how many (default: 20)")
+    command = commands.add_parser("dead", help="list the documents that could not be embedded")
+    command.add_argument("table", metavar="TABLE")
     command = commands.add_parser("versions", help="list the versions that readers see or could go back to")
     command.add_argument("table", metavar="TABLE")
     command = commands.add_parser("rollback", help="let readers see a version that was published before")
@@ -148,6 +156,10 @@ def run(options: argparse.Namespace) -> Report:
         from jobs.export import run_export
 
         return run_export(options.table, options.destination, format=options.format)
+    if options.command == "dead":
+        from jobs.dead import run_dead
+
+        return run_dead(options.table)
     if options.command in ("runs", "versions", "rollback"):
         from jobs.history import run_rollback, run_runs, run_versions
 
@@ -168,6 +180,8 @@ def run(options: argparse.Namespace) -> Report:
         "table": options.table,
         "model": options.model,
         "delete_missing": options.delete_missing,
+        "retry_dead": getattr(options, "retry_dead", None),
+        "migrate": getattr(options, "migrate", None),
         "budget_tokens": getattr(options, "budget_tokens", None),
         "deadline": getattr(options, "deadline", None),
     }
@@ -178,6 +192,10 @@ def run(options: argparse.Namespace) -> Report:
         from jobs.plan import run_plan
 
         return run_plan(configuration, price_per_hour=options.price_per_hour)
+    if configuration.migrate:
+        from jobs.migrate import run_migrate
+
+        return run_migrate(configuration)
     from jobs.embed import run_embed
 
     return run_embed(configuration)

@@ -94,6 +94,13 @@ class ComputeSettings(Settings):
     """Seconds between commits: what a crash can cost at most."""
 
 
+class GateSettings(Settings):
+    """What is looked at before readers see a new version."""
+
+    off: Annotated[tuple[Literal["canaries", "sample", "vectors", "collapse"], ...], BeforeValidator(as_names)] = ()
+    """Gates that refuse nothing: canaries, sample (vectors embedded again), vectors (finite, length), collapse."""
+
+
 class EmbedConfiguration(Settings):
     """Everything that `nightloom embed` and `nightloom plan` can be told."""
 
@@ -105,8 +112,14 @@ class EmbedConfiguration(Settings):
     """Model folder or hub id; by default the model that comes with nightloom."""
     delete_missing: bool = False
     """Remove documents from the table that the source does not hold any more."""
+    retry_dead: bool = False
+    """Try documents again that failed before with the same text."""
+    max_dead: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Dead documents that a published version may have: a count, or below 1 a share of the corpus (but at least 10)."""
     keep_versions: int = Field(default=7, gt=0)
     """Versions that stay after they were published, the newest included: so far `nightloom rollback` can go back."""
+    migrate: bool = False
+    """Take a table over to another recipe: fill it beside the old vectors, which readers see until all is embedded."""
     budget_tokens: int | None = Field(default=None, gt=0)
     """Stop when the encoder has seen so many tokens: changed documents go first, then new ones."""
     deadline: str | None = None
@@ -115,6 +128,7 @@ class EmbedConfiguration(Settings):
     chunking: ChunkingSettings = ChunkingSettings()
     vectors: VectorSettings = VectorSettings()
     compute: ComputeSettings = ComputeSettings()
+    gates: GateSettings = GateSettings()
 
 
 class PrepareCompute(Settings):

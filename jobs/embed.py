@@ -25,12 +25,15 @@ from jobs.plan import (
     read_model,
     survey_corpus,
 )
+from jobs.publish import Publication, publish, settle_letters
 from jobs.report import EmbedReport, Progress
 from model.errors import InputError
 from pipeline import storage
 from pipeline.apply import Applied, apply
+from pipeline.dead import DeadLetters
 from pipeline.lease import Lease
-from pipeline.ledger import new_run, recorded, rolled_back
+from pipeline.ledger import new_run, recorded
+from pipeline.probes import make_probes
 from pipeline.table import EmbeddingTable
 from pipeline.upkeep import clean_up, compact
 from pipeline.work import Limit
@@ -67,7 +70,8 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
         # (Ray does, to start itself) while another of its threads imports torch can hang.
         if table is None or not is_small(files):
             ray_session.start()
-        corpus = survey_corpus(configuration, files, table, in_process=is_small(files), keep=True)
+        letters = DeadLetters(table).keys() if table and not configuration.retry_dead else None
+        corpus = survey_corpus(configuration, files, table, in_process=is_small(files), keep=True, letters=letters)
         if corpus.plan.work or table is None:
             ray_session.start()
         if table is None:
@@ -85,16 +89,15 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
         applied = embed_documents(configuration, model, corpus, table, run, limit)
         entry.set(embedding_s=round(time.monotonic() - began, 3) if applied.tokens else 0.0)
         table.commit([], corpus.plan.deleted, corpus.plan.removals, run=run)
-        # A first version that readers see has the whole corpus; in later ones some documents may be a night behind.
-        partial = bool(applied.stopped)
-        status = "partial" if partial and table.published_version() is None else publish(table, run, ray_session)
-        if partial:
-            log.warning("%s: %d documents are left for the next run", applied.stopped, applied.left)
-            status = "partial"
+        settle_letters(table, corpus, applied, complete=configuration.delete_missing, run=run)
+        publication = publish_or_wait(configuration, corpus, table, applied, run, ray_session)
+        status = publication.status
 
         report = make_report(corpus, table, applied, status, entry.seconds())
         entry.set(
             status=status,
+            reasons=publication.reasons,
+            gates=publication.measured,
             report=asdict(report),
             version=table.version,
             published=table.published_version(),
@@ -170,6 +173,7 @@ def embed_documents(
     """Embed and commit what the plan says. Needs a Ray session if there is anything to embed."""
     if not corpus.plan.work:
         return Applied()
+    probes = make_probes(table.uri, table.recipe, table.dataset, corpus.files, corpus.columns, run)
     job = Job(
         uri=table.uri,
         run=run,
@@ -185,28 +189,50 @@ def embed_documents(
         },
         workers=plan_workers(configuration, choose_device(configuration.compute.device)),
         commit_every_s=configuration.compute.commit_every_s,
+        probes=probes.documents,
     )
     with Progress(corpus.plan.num_documents, corpus.plan.chars) as progress:
-        return apply(job, corpus.plan, table, corpus.plan.removals, limit=limit, advance=progress.advance)
-
-
-def publish(table: EmbeddingTable, run: str, ray_session: Session) -> str:
-    """Compact, and move the tag, unless readers see this version or a rollback took it back; the status of the run."""
-    published = table.published_version()
-    if published == table.version:
-        return "unchanged"
-    if published is not None and rolled_back(table.uri, table.version, published):
-        log.warning(
-            "readers stay at version %s, where a rollback put them, until a run changes the table; "
-            "`nightloom rollback %s %d` shows the newest again",
-            published,
-            table.uri,
-            table.version,
+        return apply(
+            job,
+            corpus.plan,
+            table,
+            corpus.plan.removals,
+            letters=DeadLetters(table),
+            probes=probes,
+            off=configuration.gates.off,
+            limit=limit,
+            advance=progress.advance,
         )
-        return "unchanged"
-    compact(table, run, each=ray_session.each)
-    table.publish()
-    return "published"
+
+
+def publish_or_wait(
+    configuration: EmbedConfiguration,
+    corpus: Corpus,
+    table: EmbeddingTable,
+    applied: Applied,
+    run: str,
+    ray_session: Session,
+) -> Publication:
+    """Publish what there is. A first version that readers see has the whole corpus; in later ones some documents may be
+    a night behind.
+    """
+    if applied.stopped:
+        log.warning("%s: %d documents are left for the next run", applied.stopped, applied.left)
+        if table.published_version() is None:
+            return Publication("partial")
+    counts = corpus.plan.counts
+    publication = publish(
+        configuration,
+        table,
+        applied,
+        dead=counts["dead"] + applied.missing,
+        read=counts["read"],
+        run=run,
+        compact=lambda: compact(table, run, each=ray_session.each),
+    )
+    if applied.stopped and publication.status != "unpublished":
+        publication.status = "partial"
+    return publication
 
 
 def tidy(table: EmbeddingTable, keep_versions: int) -> None:

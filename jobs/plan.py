@@ -28,13 +28,14 @@ from model.folder import (
 )
 from pipeline.chunks import ChunkingConfig
 from pipeline.columns import DocumentColumns
+from pipeline.dead import DeadLetters
 from pipeline.documents import check_source, document_schema
 from pipeline.keys import Keys
 from pipeline.ledger import past_throughput
 from pipeline.recipe import Recipe
 from pipeline.storage import SourceFile, is_s3, list_sources, local_model
 from pipeline.survey import Options, Plan, RayTasks, Tasks, make_plan
-from pipeline.table import EmbeddingTable
+from pipeline.table import NEXT, EmbeddingTable
 from pipeline.tokens import TokenizeStage
 from pipeline.work import read_work
 
@@ -177,7 +178,11 @@ def survey_corpus(
     columns = read_columns(configuration.columns)
     fields = carried_fields(files, columns, table)
     columns = replace(columns, carry_types=tuple(field.type for field in fields))
-    options = Options(delete_missing=configuration.delete_missing, letters=letters or Keys.empty())
+    options = Options(
+        delete_missing=configuration.delete_missing,
+        letters=letters or Keys.empty(),
+        backfill=outdated_keys(configuration),
+    )
     plan = make_plan(
         files,
         columns,
@@ -191,6 +196,15 @@ def survey_corpus(
     return Corpus(files, columns, fields, table, plan)
 
 
+def outdated_keys(configuration: EmbedConfiguration) -> Keys:
+    """In a migration, the documents that readers have under the recipe they see until it is complete."""
+    uri, _, name = configuration.table.rpartition("/")
+    if name != NEXT:
+        return Keys.empty()
+    table = EmbeddingTable.open(uri)
+    return EmbeddingTable.open(uri, table.published_version()).keys()
+
+
 def list_corpus(configuration: EmbedConfiguration) -> list[SourceFile]:
     """The files of the source, without those of the table where that lies within it.
 
@@ -198,7 +212,7 @@ def list_corpus(configuration: EmbedConfiguration) -> list[SourceFile]:
         InputError: no such source, nothing in it that can be read, or a column that its first file lacks.
     """
     table = configuration.table if is_s3(configuration.table) else str(Path(configuration.table).absolute())
-    inside = table.rstrip("/") + "/"
+    inside = table.rstrip("/").removesuffix(f"/{NEXT}") + "/"
     files = [file for file in list_sources(configuration.source) if not file.path.startswith(inside)]
     if not files:
         raise InputError(f"{configuration.source} holds no documents beside the table itself")
@@ -299,7 +313,8 @@ def run_plan(configuration: EmbedConfiguration, *, price_per_hour: float | None 
     table = open_table(configuration, model)
     small = is_small(files)
     with nullcontext() if small else session(configuration.compute.address, num_cpus=local_cpus()):
-        corpus = survey_corpus(configuration, files, table, in_process=small)
+        letters = DeadLetters(table).keys() if table and not configuration.retry_dead else None
+        corpus = survey_corpus(configuration, files, table, in_process=small, letters=letters)
         tokens, exact = count_tokens(corpus, model) if corpus.plan.work else (0, True)
     counts: dict[str, Any] = dict(corpus.plan.counts)
     throughput = past_throughput(configuration.table)
