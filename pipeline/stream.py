@@ -21,7 +21,7 @@ from model.errors import InputError
 from pipeline.masking import HELD_OUT, Masker, MaskingConfig
 from pipeline.packing import deal_bins, fill_bins
 from pipeline.permutation import key_of, permute
-from pipeline.sequences import cut, lay_out, pair_segments
+from pipeline.sequences import cut, cut_pairs, lay_out
 from pipeline.shards import HELD_OUT_SPLIT, TRAIN, ShardEntry, TokenShards
 
 SHARDS, SEQUENCES, BINS = 4, 5, 6
@@ -165,14 +165,14 @@ class Window:
         ]
         self.keys_D = np.concatenate([shard.keys_D for shard in opened])
         lengths_D = np.concatenate([np.diff(shard.offsets_D) for shard in opened]).astype(np.int64)
-        sequences = cut(lengths_D, config.max_tokens, pairs=config.ordering)
         if config.ordering:
-            first_D = np.cumsum(lengths_D) - lengths_D
             counts_D = np.concatenate([np.diff(shard.sentence_offsets_D) for shard in opened])
-            sentences = np.concatenate([shard.sentences for shard in opened]) + np.repeat(first_D, counts_D)
-            sequences = pair_segments(sequences, self.keys_D, first_D, sentences, *key[:-1])
-        self.sequences = sequences
-        length_S = sequences.length_S
+            sentences = np.concatenate([shard.sentences for shard in opened])
+            sentences = sentences + np.repeat(np.cumsum(lengths_D) - lengths_D, counts_D)
+            self.sequences = cut_pairs(lengths_D, config.max_tokens, self.keys_D, sentences, *key[:-1])
+        else:
+            self.sequences = cut(lengths_D, config.max_tokens)
+        length_S = self.sequences.length_S
         order = permute(np.arange(len(length_S)), len(length_S), key_of(SEQUENCES, *key))
         bins = fill_bins(length_S[order], config.tokens_per_bin)
         self.bins = [order[bins[i]] for i in permute(np.arange(len(bins)), len(bins), key_of(BINS, *key)).tolist()]
