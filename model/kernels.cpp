@@ -106,13 +106,10 @@ inline void product(const bf16* a, int lda, const bf16* b, int step, int next, i
   }
 }
 
-struct alignas(64) TileConfig {
+struct alignas(64) TileConfig {  // eight tiles of 16 rows of 64 bytes
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-  TileConfig() {
-    for (int i = 0; i < 8; i++) bytes[i] = 64, rows[i] = ROWS;
-  }
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS};
 };
 
 // 16 rows of 16 pairs to 16 columns of pairs: transposes 32-bit elements.
