@@ -257,7 +257,7 @@ class Journal:
         """
         canaries = {key: vector for key, vector in found.items() if is_canary(key[0])}
         first = probes.canaries is None
-        # Without an earlier one to compare with they are compared with themselves: so they must be finite at least.
+        # Without earlier ones they are compared with themselves: so they must be finite at least.
         self.probes = replace(probes, canaries=canaries if first else probes.canaries)
         for gate, (distance, name) in self.probes.check(found).items():
             before = self.applied.probed.setdefault(gate, {"distance": 0.0, "bound": probes.bound})
@@ -267,7 +267,7 @@ class Journal:
                     f"{gate}: embedded again, {name!r} is {distance:.2g} from its vector in the table (1 - cosine; at "
                     f"most {probes.bound:.2g}): the model, its tokenizer or this machine computes something else"
                 )
-        if first:
+        if first and np.isfinite(np.concatenate(list(canaries.values()))).all():
             keep_canaries(self.table.uri, self.table.fingerprint, probes.texts, canaries)
 
     def commit(self) -> None:
@@ -276,7 +276,9 @@ class Journal:
         Dead letters come first: after a crash between the two a document has none, and is tried again.
         """
         rows, self.waiting = self.waiting, []
-        died, self.died = self.died, []
+        # A repeated task brings its dead documents again: that is no second attempt.
+        died = [letter for letter in self.died if letter.key not in self.applied.dead]
+        self.died = []
         self.applied.dead |= {letter.key: letter for letter in died}
         if self.letters is not None:
             self.letters.record(died, self.run)
