@@ -7,6 +7,7 @@ file holds each step once.
 
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -66,7 +67,9 @@ class Monitor:
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         partial.replace(self.folder / LINES)
         self.lines = (self.folder / LINES).open("a", encoding="utf-8", buffering=1)
-        self.events = SummaryWriter(str(self.folder / EVENTS), purge_step=step + 1 if step else None)
+        # Its own suffix is the second it was made in: two starts in one second would write one file.
+        unique = f".{os.getpid()}-{step}"
+        self.events = SummaryWriter(str(self.folder / EVENTS), purge_step=step + 1, filename_suffix=unique)
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a step's line."""
@@ -183,8 +186,8 @@ class Display:
 
     def show(self, line: Mapping[str, Any]) -> None:
         """Show the line of a step."""
-        if self.first_step is None:
-            self.first_step = line["step"] - 1
+        if self.first_step is None:  # before it, Ray and the workers were starting
+            self.first_step, self.started = line["step"], time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, completed=line["step"], phase=line["phase"], values=in_words(line))
             if line.get("heldout_loss") is not None:
@@ -194,7 +197,8 @@ class Display:
             done = line["step"] - self.first_step
             left = (self.last_line - self.started) * (self.total_steps - line["step"]) / max(done, 1)
             where = f"{line['phase']} step {line['step']:,} of {self.total_steps:,}"
-            print(f"nightloom: {where}, {in_words(line)}, about {clock(left)} left", file=sys.stderr, flush=True)
+            ahead = f", about {clock(left)} left" if done else ""
+            print(f"nightloom: {where}, {in_words(line)}{ahead}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
