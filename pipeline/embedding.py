@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 STATISTICS_KEY, DEAD_KEY = b"nightloom.statistics", b"nightloom.dead"
 LOOK_AHEAD_BATCHES = 32
 """Bins are planned over so many batches' worth of tokens at a time."""
+FEWEST_TOKENS = 256
+"""Where a bin of more runs out of the device's memory, later ones get half its tokens."""
 
 DEAD_SCHEMA = pa.schema(
     [
@@ -215,29 +217,40 @@ class EmbedStage:
         sums_RD: np.ndarray,
         weights_R: np.ndarray,
         failed: dict[int, str],
+        *,
+        again: bool = False,
     ) -> None:
-        """Encode the sequences of a bin and add up their pieces; a bin that fails is halved to find the culprit."""
+        """Encode a bin's sequences and add up their pieces; a bin that fails is halved, a single sequence tried again."""
         batch = self._pack(chosen, layout, table, tokens)
         base_W = np.asarray(batch.host_offsets()[:-1], np.int64)
         first, last = np.searchsorted(layout.window_P, chosen), np.searchsorted(layout.window_P, chosen, side="right")
         pieces = gather(np.arange(len(layout.window_P)), first, last)
         base_P = np.repeat(base_W, last - first)
+        failure = ""
         try:
             sums, weights = self.embedder.embed_segments(
                 batch, base_P + layout.start_P[pieces], base_P + layout.end_P[pieces]
             )
         except Exception as error:
-            if len(chosen) > 1:
-                log.warning("a bin of %d sequences failed and is halved: %s", len(chosen), error)
-                for half in np.array_split(chosen, 2):
-                    self._forward(half, layout, table, tokens, sums_RD, weights_R, failed)
-                return
-            self._probe()
-            document = int(layout.document_W[chosen[0]])
-            failed[document] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            failure = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            if isinstance(error, torch.OutOfMemoryError):
+                self.tokens_per_batch = min(self.tokens_per_batch, max(batch.num_tokens // 2, FEWEST_TOKENS))
+        if not failure:
+            np.add.at(sums_RD, layout.row_P[pieces], sums)
+            np.add.at(weights_R, layout.row_P[pieces], weights)
             return
-        np.add.at(sums_RD, layout.row_P[pieces], sums)
-        np.add.at(weights_R, layout.row_P[pieces], weights)
+        # Out here, because an exception keeps alive what its frames hold, and with it the device's memory.
+        if self.embedder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(chosen) > 1:
+            log.warning("a bin of %d sequences failed and is halved: %s", len(chosen), failure)
+            for half in np.array_split(chosen, 2):
+                self._forward(half, layout, table, tokens, sums_RD, weights_R, failed)
+        elif not again:
+            self._forward(chosen, layout, table, tokens, sums_RD, weights_R, failed, again=True)
+        else:
+            self._probe()
+            failed[int(layout.document_W[chosen[0]])] = failure
 
     def _probe(self) -> None:
         """Raise what the encoder raises when it fails on an empty document too: then no document is to blame."""

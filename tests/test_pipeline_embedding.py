@@ -2,14 +2,16 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import torch
 
-from model.batch import pack
+from model.batch import PackedBatch, pack
 from model.embedder import Embedder
 from model.errors import InputError
 from model.folder import load_tokenizer
@@ -219,6 +221,65 @@ def test_a_broken_encoder_blames_no_document(tiny_model_folder: Path) -> None:
     stage.cls_id = 60_000
     with pytest.raises(IndexError):
         list(stage.embed(tokens))
+
+
+def with_memory_for(stage: EmbedStage, tokens: int, seen: list[int]) -> None:
+    """Let the encoder of a stage run out of the device's memory on batches of more than so many tokens."""
+    real = stage.embedder.embed_segments
+
+    def embed_segments(batch: PackedBatch, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert sys.exc_info() == (None, None, None), "an exception that is handled still holds the memory of its frames"
+        seen.append(batch.num_tokens)
+        if batch.num_tokens > tokens:
+            raise torch.OutOfMemoryError("the device is out of memory")
+        return real(batch, starts, ends)
+
+    stage.embedder.embed_segments = embed_segments
+
+
+def test_a_device_out_of_memory_gets_smaller_batches(tiny_model_folder: Path) -> None:
+    texts = [f"{i} {text}" for i in range(12) for text in SHORT]
+    tokens = TokenizeStage(tiny_model_folder)(documents_of(texts))
+    stage = EmbedStage(tiny_model_folder, dtype="float32", device="cpu", tokens_per_batch=2048, look_ahead_tokens=2500)
+    expected = vectors_of(pa.concat_tables([part.rows for part in stage.embed(tokens)]))
+    seen: list[int] = []
+    with_memory_for(stage, 700, seen)
+    parts = list(stage.embed(tokens))
+    assert sum(len(part.dead) for part in parts) == 0
+    np.testing.assert_allclose(vectors_of(pa.concat_tables([part.rows for part in parts])), expected, atol=CLOSE)
+    assert seen[0] > 1024
+    assert stage.tokens_per_batch < 1024
+    # Later look-aheads begin with bins of that size: few or none of them fail.
+    assert sum(size > 700 for size in seen) <= 4
+
+
+def test_a_document_that_no_memory_is_enough_for(tiny_model_folder: Path) -> None:
+    tokens = TokenizeStage(tiny_model_folder)(documents_of(SHORT))
+    stage = EmbedStage(tiny_model_folder, dtype="float32", device="cpu")
+    longest = max(len(row) for row in tokens["tokens"]) + 2
+    with_memory_for(stage, longest - 1, [])
+    (part,) = stage.embed(tokens)
+    assert [row["document_id"] for row in part.dead.to_pylist()] == ["d3"]
+    assert "out of memory" in part.dead["error"][0].as_py()
+    assert part.statistics.documents == 3
+
+
+def test_a_sequence_that_fails_once_is_tried_again(tiny_model_folder: Path) -> None:
+    tokens = TokenizeStage(tiny_model_folder)(documents_of(SHORT[1:2]))
+    stage = EmbedStage(tiny_model_folder, dtype="float32", device="cpu")
+    seen: list[int] = []
+    with_memory_for(stage, 10**6, seen)
+    once = stage.embedder.embed_segments
+
+    def fails_once(*arguments: object) -> tuple[np.ndarray, np.ndarray]:
+        if not seen:
+            seen.append(0)
+            raise RuntimeError("once")
+        return once(*arguments)
+
+    stage.embedder.embed_segments = fails_once
+    (part,) = stage.embed(tokens)
+    assert (len(part.rows), len(part.dead)) == (1, 0)
 
 
 @pytest.mark.parametrize(("vector_type", "tolerance"), [("float16", 1e-3), ("int8", 0.5 / 127 + 1e-6)])
