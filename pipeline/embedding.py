@@ -220,7 +220,7 @@ class EmbedStage:
         *,
         again: bool = False,
     ) -> None:
-        """Encode a bin's sequences and add up their pieces; a bin that fails is halved, a single sequence tried again."""
+        """Encode a bin's sequences and add up their pieces; one that fails is halved, a single sequence tried again."""
         batch = self._pack(chosen, layout, table, tokens)
         base_W = np.asarray(batch.host_offsets()[:-1], np.int64)
         first, last = np.searchsorted(layout.window_P, chosen), np.searchsorted(layout.window_P, chosen, side="right")
