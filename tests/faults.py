@@ -104,6 +104,7 @@ class Scene:
         self.start = self.measure()
         self.first_version = self.dataset().version + 1 if night else 1
         self.faults: list[str] = []
+        self.inspected: set[int] = set()
 
     @property
     def path(self) -> str:
@@ -175,11 +176,12 @@ class Scene:
 
     @contextmanager
     def readers(self) -> Iterator[None]:
-        """Read the tag all the time, and note every published state that is not one night's, whole."""
+        """Read every version that appears and every state that is published, and note what no reader should see."""
         done, seen = threading.Event(), set()
 
         def read() -> None:
             while not done.wait(0.15):
+                self.inspect()
                 try:
                     version = self.measure().published
                     if version is None or version in seen:
@@ -202,21 +204,36 @@ class Scene:
             done.set()
             thread.join(30)
 
+    def inspect(self) -> None:
+        """Read the versions of tonight that nobody has read yet, and note documents that are partial or doubled."""
+        try:
+            versions = [entry["version"] for entry in self.dataset().versions()]
+        except Exception:  # no table yet, or no server
+            return
+        for version in versions:
+            if version < self.first_version or version in self.inspected:
+                continue
+            try:
+                rows = rows_of(self.dataset(version))
+            except Exception:  # cleared away meanwhile
+                continue
+            self.inspected.add(version)
+            partial = partial_documents(rows, self.before, self.after)
+            self.faults += [f"version {version}: {name} is partial or doubled" for name in partial]
+
     def verify(self) -> tuple[int, list[str]]:
         """Hold the table against the undisturbed one.
 
         Returns:
             How many versions were looked at; every difference, partial document and bad state that a reader saw.
         """
+        self.inspect()
         faults = list(self.faults)
         faults += differences(self.dataset(PUBLISHED), self.after)
         newest = self.dataset()
         faults += [f"newest version: {fault}" for fault in differences(newest, self.after)]
-        versions = [entry["version"] for entry in newest.versions() if entry["version"] >= self.first_version]
-        for version in versions:
-            partial = partial_documents(rows_of(self.dataset(version)), self.before, self.after)
-            faults += [f"version {version}: {name} is partial or doubled" for name in partial]
-        return len(versions), faults
+        assert newest.version in self.inspected
+        return len(self.inspected), faults
 
 
 def scan(folder: str) -> Iterator[str]:
@@ -263,6 +280,7 @@ def disturb(scene: Scene, kind: str, seed: int, moment: Moment, harm: Callable[[
             outcome = f"failed: {type(error).__name__}"
         finally:
             phase = strike.finish()
+        scene.inspect()
         reruns = bring_to_the_end(scene)
     conclude(scene, kind, seed, moment, phase, outcome, reruns, begun)
 

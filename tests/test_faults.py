@@ -86,6 +86,7 @@ def kill_driver(yard: Yard, kind: str, seed: int, *, on_s3: bool, own_ray: bool 
         _, complaint = driver.communicate(timeout=240)
         phase = strike.finish()
         assert driver.returncode in (0, -signal.SIGKILL), complaint.decode()
+        scene.inspect()
         reruns = bring_to_the_end(scene)
     conclude(scene, kind, seed, moment, phase, f"status {driver.returncode}", reruns, begun)
 
