@@ -352,4 +352,5 @@ def plan_workers(configuration: EmbedConfiguration, device: str) -> Workers:
         threads=max(1, physical_cores() // actors),
         tokens_per_batch=compute.tokens_per_batch,
         block_chars=compute.block_chars or BLOCK_CHARS[device],
+        share=min(1.0, resources.get("CPU", 1) / (actors + SPARE_CPUS)),
     )

@@ -187,7 +187,7 @@ def written_fragments(job: Job, plan: Plan) -> Generator[dict[str, Any]]:
                 read_and_tokenize,
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=CPUS_OF_READER,
+                num_cpus=CPUS_OF_READER * workers.share,
                 fn_kwargs={"job": job, "watch": watch},
             )
             .map_batches(
@@ -196,7 +196,7 @@ def written_fragments(job: Job, plan: Plan) -> Generator[dict[str, Any]]:
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers.actors),
                 fn_constructor_kwargs={"job": job, "watch": watch},
-                num_cpus=1,
+                num_cpus=workers.share,
                 **gpus,
             )
         )

@@ -40,6 +40,8 @@ class Workers:
     tokens_per_batch: int | None
     """Token budget of a forward pass; None leaves it to the device."""
     block_chars: int
+    share: float = 1.0
+    """How much of a logical CPU an actor takes: less than 1 where there are too few for actors and readers."""
 
 
 @lru_cache(maxsize=1)
