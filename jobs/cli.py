@@ -125,10 +125,10 @@ class ShowSettings(argparse.Action):
     """`--settings`: every key, its default and what it means."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from jobs.configuration import EmbedConfiguration, PrepareConfiguration, describe
+        from jobs.configuration import EmbedConfiguration, PrepareConfiguration, Settings, describe
         from jobs.phases import PretrainConfiguration
 
-        others = {"prepare": PrepareConfiguration, "pretrain": PretrainConfiguration}
+        others: dict[str, type[Settings]] = {"prepare": PrepareConfiguration, "pretrain": PretrainConfiguration}
         print("\n".join(describe(others.get(str(self.const), EmbedConfiguration))))
         parser.exit()
 
