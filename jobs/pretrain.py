@@ -75,9 +75,8 @@ class PretrainReport:
         return json.dumps(asdict(self))
 
 
-@ray.remote(num_cpus=0)
 class Board:
-    """Between the driver and the first worker: lines one way, the wish to stop the other."""
+    """An actor between the driver and the first worker: lines one way, the wish to stop the other."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -198,7 +197,7 @@ def fit(configuration: PretrainConfiguration, display: Display) -> dict[str, Any
     work = configuration.work
     use_gpu = work.device == "cuda" or (work.device == "auto" and torch.cuda.is_available())
     cpus = work.cpus_per_worker or (1 if use_gpu else max(1, len(os.sched_getaffinity(0)) // work.workers))
-    board = Board.remote()
+    board = ray.remote(num_cpus=0)(Board).remote()
     with tempfile.TemporaryDirectory(prefix="nightloom-train-") as folder:
         trainer = TorchTrainer(
             work_on,

@@ -7,10 +7,10 @@ restarts, or from timing. Losses and gradients are means over the masked tokens 
 import logging
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def train(run: Run, state: State) -> str:
         stream = TokenStream(run.shards, phase.stream)
         held_out = list(stream.evaluation(rank=replicas.rank, num_workers=replicas.size, max_bins=keep.evaluation_bins))
         steps = stream.steps(state.stream, rank=replicas.rank, num_workers=replicas.size)
-        with closing(cast(Generator[Step, None, None], steps)):  # closing it ends its thread
+        with closing(steps):  # which ends its thread
             while state.stream.step < phase.num_steps:
                 started = time.perf_counter()
                 step = next(steps)

@@ -199,7 +199,7 @@ def untied_model(text_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A model whose embedding of one token is no number, and the bin that token comes in first."""
     settings = configuration(text_shards, tmp_path_factory.mktemp("untied") / "run")
     shards = TokenShards.open(str(text_shards))
-    with closing(TokenStream(shards, plan_phases(settings)[0].stream).steps()) as steps:  # type: ignore[type-var]
+    with closing(TokenStream(shards, plan_phases(settings)[0].stream).steps()) as steps:
         bins = [item for _ in range(6) for item in next(steps).bins]
     counts = np.bincount(np.concatenate([np.unique(item.tokens_T) for item in bins]))
     where = next(i for i in range(5, len(bins)) if (counts[bins[i].tokens_T] == 1).any())
