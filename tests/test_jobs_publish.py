@@ -149,7 +149,10 @@ def test_a_worker_that_computes_something_else_commits_nothing(tmp_path, tiny_mo
 
 def test_collapsed_vectors_wait_for_someone_to_decide(tmp_path, tiny_model_folder, with_encoder):
     source, table = tmp_path / "corpus.jsonl", tmp_path / "table.lance"
-    source.write_text("".join(json.dumps({"id": f"d{i}", "text": f"text {i}"}) + "\n" for i in range(150)))
+    lines = [json.dumps({"id": f"d{i}", "text": f"text {i}"}) + "\n" for i in range(150)]
+    source.write_text("".join(lines[:3]))
+    run_embed(configured(source, table, tiny_model_folder))
+    source.write_text("".join(lines))
     with_encoder(GivesOneVector)
     assert run_embed(configured(source, table, tiny_model_folder)).status == "unpublished"
     assert any(reason.startswith("collapse: 100.0% of the vectors") for reason in refused_says(table))
@@ -158,6 +161,23 @@ def test_collapsed_vectors_wait_for_someone_to_decide(tmp_path, tiny_model_folde
     assert run_embed(configured(source, table, tiny_model_folder)).status == "unpublished"
     report = run_embed(configured(source, table, tiny_model_folder, "gates.off=collapse"))
     assert (report.status, report.embedded, report.unchanged) == ("published", 0, 150)
+    assert len(np.unique(np.stack(list(vectors(table).values())), axis=0)) == 4
+
+
+def test_what_was_refused_can_be_thrown_away(tmp_path, tiny_model_folder, with_encoder):
+    """The way back that docs/operations.md names."""
+    source, table = tmp_path / "corpus.jsonl", tmp_path / "table.lance"
+    lines = [json.dumps({"id": f"d{i}", "text": f"text {i}"}) + "\n" for i in range(150)]
+    source.write_text("".join(lines[:3]))
+    run_embed(configured(source, table, tiny_model_folder))
+    source.write_text("".join(lines))
+    with_encoder(GivesOneVector)
+    assert run_embed(configured(source, table, tiny_model_folder)).status == "unpublished"
+    with_encoder(None)
+    lance.dataset(str(table), version=PUBLISHED).restore()
+    report = run_embed(configured(source, table, tiny_model_folder))
+    assert (report.status, report.embedded, report.unchanged) == ("published", 147, 3)
+    assert len(np.unique(np.stack(list(vectors(table).values())), axis=0)) == 150
 
 
 @pytest.mark.usefixtures("ray_session")
