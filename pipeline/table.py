@@ -8,6 +8,7 @@ only when a run is complete. The table is the only checkpoint: what a killed run
 import json
 import os
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import lance
 import numpy as np
@@ -18,14 +19,15 @@ from lance.fragment import FragmentMetadata, write_fragments
 from model.errors import InputError
 from pipeline import storage
 from pipeline.chunks import WHOLE
-from pipeline.keys import KEY as KEY
 from pipeline.keys import Keys, as_keys, hash_ids, is_among
 from pipeline.lease import Lease
 from pipeline.packing import look_ahead
 from pipeline.recipe import Recipe
 
 PUBLISHED = "published"
-OWN_FOLDERS = ("_lease", "_runs", "_sources", "_dead.lance", "_canaries")
+NEXT = "_next.lance"
+"""Folder in which the table of a migration grows."""
+OWN_FOLDERS = ("_lease", "_runs", "_sources", "_dead.lance", "_canaries", NEXT)
 """What we keep in a table's folder beside Lance's files. Lance leaves folders alone that it does not know."""
 KEPT = "published-"
 """Begins the tags that keep versions which were published: published-12."""
@@ -153,7 +155,7 @@ class EmbeddingTable:
             differs = "; ".join(self.recipe.difference(recipe)) or "its fingerprint"
             raise InputError(
                 f"the table {self.uri} was written under another recipe ({differs}): "
-                "use the settings it was written with, or name a new table"
+                "use the settings it was written with, take --migrate, or name a new table"
             )
 
     def keys(self, fragments: Collection[int] | None = None) -> Keys:
@@ -209,6 +211,17 @@ class EmbeddingTable:
         """
         self._transact(run, removed=old, new=new)
 
+    def overwrite(self, schema: pa.Schema, new: Sequence[FragmentMetadata], *, run: str) -> "EmbeddingTable":
+        """Replace all rows, the schema and with it the recipe; earlier versions keep theirs.
+
+        Args:
+            new: fragments whose files lie in this table's folder.
+        """
+        self._commit(run, lance.LanceOperation.Overwrite(schema, [*new]))
+        table = EmbeddingTable(self.uri, self.dataset)
+        table.lease = self.lease
+        return table
+
     def claim(self, run: str) -> None:
         """Make a version that changes nothing: whatever a writer that lost its lease has under way is refused then."""
         self._transact(run)
@@ -221,9 +234,14 @@ class EmbeddingTable:
         updated: Sequence[FragmentMetadata] = (),
         new: Sequence[FragmentMetadata] = (),
     ) -> None:
-        operation = lance.LanceOperation.Update(
-            removed_fragment_ids=[*removed, EVERY_COMMIT], updated_fragments=[*updated], new_fragments=[*new]
+        self._commit(
+            run,
+            lance.LanceOperation.Update(
+                removed_fragment_ids=[*removed, EVERY_COMMIT], updated_fragments=[*updated], new_fragments=[*new]
+            ),
         )
+
+    def _commit(self, run: str, operation: Any) -> None:
         before = self.version
         transaction = lance.Transaction(read_version=before, operation=operation, transaction_properties={RUN_KEY: run})
         if self.lease is not None:
