@@ -154,6 +154,21 @@ def test_wrong_configuration(made, tmp_path, tiny_model_folder):
     refused("export", folder / "table.lance", "/proc/none/x.parquet", says="cannot be written")
 
 
+def test_too_many_dead_end_with_status_3(tmp_path, tiny_model_folder):
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "text": "fine"}\nbroken\n')
+    command = ("embed", tmp_path / "a.jsonl", tmp_path / "table.lance", "--model", tiny_model_folder, "--json")
+    run = nightloom(*command, "--set", "max_dead=0")
+    assert run.returncode == 3, run.stderr
+    assert run.stderr.startswith("nightloom: not published: max_dead: 1 of 2 documents are dead, at most 0 may be")
+    assert run.stderr.count("\n") == 1
+    report = json.loads(run.stdout)
+    assert (report["status"], report["published"], report["embedded"], report["dead"]) == ("unpublished", None, 1, 1)
+    refused("search", tmp_path / "table.lance", "question", says="nothing is published")
+    listed = nightloom("dead", tmp_path / "table.lance")
+    assert "a.jsonl#1" in listed.stdout, listed.stderr
+    assert json.loads(nightloom("dead", tmp_path / "table.lance", "--json").stdout)["stages"] == {"read": 1}
+
+
 def test_input_errors_are_found_behind_what_ray_wraps():
     inner = InputError("a.txt is gone")
 
