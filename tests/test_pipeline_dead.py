@@ -119,3 +119,16 @@ def test_a_writer_without_its_lease_changes_no_letter(table):
         letters.remove(ids_of("a"))
     table.lease = None
     assert sorted(shown(table)) == ["a"]
+
+
+def test_on_s3(s3_server, monkeypatch):
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    table = EmbeddingTable.create("s3://bucket/dead/table.lance", RECIPE, model="m")
+    assert list_letters(table) == []
+    letters = DeadLetters(table)
+    letters.record([dead("a"), dead("b")], "r1")
+    letters.record([dead("a")], "r2")
+    letters.remove(ids_of("b"))
+    letters.tidy()
+    assert shown(table) == {"a": ("embed", 2, "r1", "r2")}

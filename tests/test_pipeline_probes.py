@@ -150,3 +150,13 @@ def test_bounds_follow_the_recipe(tmp_path):
     table = EmbeddingTable.create(str(tmp_path / "table.lance"), RECIPE, model="m")
     recipe = replace(RECIPE, dtype="bfloat16", vector_type="int8")
     assert make_probes(table.uri, recipe, table.dataset, [], COLUMNS, "r").bound > 1e-3
+
+
+def test_canaries_on_s3(s3_server, monkeypatch):
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    table = "s3://bucket/probes/table.lance"
+    assert read_canaries(table, "f1") == (TEXTS, None)
+    keep_canaries(table, "f1", ["t"], {("canary-0", -1): np.ones(2)})
+    texts, kept = read_canaries(table, "f1")
+    assert (texts, {key: vector.tolist() for key, vector in kept.items()}) == (["t"], {("canary-0", -1): [1, 1]})
