@@ -80,9 +80,13 @@ def switch(uri: str) -> int:
         InputError: another run is writing to the table.
     """
     run = new_run()
-    with Lease.take(uri, run) as lease, recorded(uri, run, "migrate") as entry:
+    with (
+        Lease.take(uri, run) as lease,
+        Lease.take(next_uri(uri), run) as lease_of_grown,
+        recorded(uri, run, "migrate") as entry,
+    ):
         table, grown = EmbeddingTable.open(uri), EmbeddingTable.open(next_uri(uri))
-        table.lease = lease
+        table.lease, grown.lease = lease, lease_of_grown
         entry.set(
             recipe=asdict(grown.recipe),
             fingerprint=grown.fingerprint,
@@ -99,7 +103,7 @@ def switch(uri: str) -> int:
         table = table.overwrite(grown.schema, fragments, run=run)
         version = table.publish()
         entry.set(status="published", version=version, published=version, rows=table.dataset.count_rows())
-        discard(uri)
+    discard(uri)
     return version
 
 

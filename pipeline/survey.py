@@ -6,6 +6,7 @@ to be embedded is put together again by file. All of it happens in tasks (`Tasks
 and the keys of the documents whose rows have to go.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from pipeline.packing import look_ahead
 from pipeline.sources import DEAD as UNREADABLE
 from pipeline.sources import EMPTY as BLANK
 from pipeline.sources import TEXT, FilePart, Holding, Recorded, Records, read_part, read_recorded, record, split_files
-from pipeline.storage import SourceFile
+from pipeline.storage import SourceFile, is_s3
 from pipeline.table import EmbeddingTable
 from pipeline.work import CHARS_PER_TABLE, ROW_BITS, Todo, WorkTable, cut_work
 
@@ -190,6 +191,7 @@ def make_plan(
     Raises:
         InputError: a file that cannot be read, a column that is missing.
     """
+    uri = uri if is_s3(uri) else os.path.abspath(os.path.expanduser(uri))  # workers have another working directory
     records = Records(uri, files, columns)
     ends = np.cumsum([0, *(file.size for file in files)])
     num_partitions = int(min(max(ends[-1] // BYTES_PER_PARTITION, 1), 256))
