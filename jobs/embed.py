@@ -77,13 +77,9 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
         if table is None:
             table = create_table(configuration, model, corpus)
             table.lease = lease
-        before = table.version
-        entry.set(
-            recipe=asdict(table.recipe),
-            fingerprint=table.fingerprint,
-            version_before=before,
-            published_before=table.published_version(),
-        )
+        before, seen_before = table.version, table.published_version()
+        entry.set(recipe=asdict(table.recipe), fingerprint=table.fingerprint)
+        entry.set(version_before=before, published_before=seen_before)
 
         began = time.monotonic()
         applied = embed_documents(configuration, model, corpus, table, run, limit)
@@ -106,7 +102,7 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
             commits=applied.commits,
             dead=[*corpus.plan.dead, *(letter.shown() for letter in applied.dead.values())][:MOST_DEAD_KEPT],
         )
-        if table.published_version() == table.version != before:
+        if table.published_version() == table.version != seen_before:
             entry.set(rows=table.dataset.count_rows(), documents=table.count_documents())
         if table.version != before or lease.crashed:
             tidy(table, configuration.keep_versions)

@@ -15,8 +15,10 @@ import pytest
 
 from jobs.configuration import EmbedConfiguration, load
 from jobs.embed import run_embed
+from jobs.history import run_rollback, run_versions
 from model.errors import InputError
-from pipeline.ledger import read_records
+from pipeline.lease import holder
+from pipeline.ledger import past_throughput, read_records
 from pipeline.table import PUBLISHED, EmbeddingTable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +107,52 @@ def test_nights(tmp_path, tiny_model_folder):
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_a_night_after_a_rollback(tmp_path, tiny_model_folder, caplog):
+    source, table = tmp_path / "corpus", str(tmp_path / "table.lance")
+    write_corpus(source, 6)
+    configuration = configured(source, table, tiny_model_folder, keep_versions=2)
+    first = run_embed(configuration)
+    (source / "wrong.txt").write_text("what nobody should see")
+    second = run_embed(configuration)
+    assert run_rollback(table).published == first.version
+    third = run_embed(configuration)
+    assert (third.status, third.embedded, third.version) == ("unchanged", 0, second.version)
+    assert "readers stay at version" in caplog.text
+    assert len(vectors(table)) == 6
+    (source / "wrong.txt").write_text("corrected")
+    fourth = run_embed(configuration)
+    assert (fourth.status, fourth.embedded, fourth.unchanged) == ("published", 1, 6)
+    assert len(vectors(table)) == 7
+    assert [v.status for v in run_versions(table).versions] == ["kept", "published"]
+    assert [record["status"] for record in read_records(table)] == [
+        "published",
+        "published",
+        "rolled back",
+        "unchanged",
+        "published",
+    ]
+    assert lance.dataset(table).version == EmbeddingTable.open(table, PUBLISHED).version
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_small_fragments_are_merged_before_readers_see_them(tmp_path, tiny_model_folder):
+    source, table = tmp_path / "corpus", str(tmp_path / "table.lance")
+    write_corpus(source, 20)
+    report = run_embed(
+        configured(source, table, tiny_model_folder, "compute.block_chars=200", "compute.commit_every_s=0")
+    )
+    published = EmbeddingTable.open(table, PUBLISHED)
+    assert published.version == report.version
+    assert len(published.dataset.get_fragments()) == 1
+    assert len(vectors(table)) == 20
+    assert len(published.dataset.versions()) == 1
+    assert len(list((tmp_path / "table.lance" / "data").iterdir())) == 1
+    (record,) = read_records(table)
+    assert (record["rows"], record["documents"], record["commits"] > 8) == (20, 20, True)
+    assert past_throughput(table) == pytest.approx(report.tokens / record["embedding_s"])
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_chunks_carried_columns_and_long_documents(tmp_path, tiny_model_folder):
     source, table = tmp_path / "corpus", tmp_path / "table.lance"
     source.mkdir()
@@ -158,6 +206,13 @@ def test_killed_run_is_taken_up(tmp_path, tiny_model_folder):
     for item in ("vectors.dtype=float32", *sets):
         command += ["--set", item]
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while holder(str(table)) is None and killed.poll() is None:
+        time.sleep(0.05)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (second.returncode, second.stdout) == (2, "")
+    assert f"another run is writing to {table}: run " in second.stderr
+    assert second.stderr.count("\n") == 1
+    assert len(read_records(str(table))) == 1
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and killed.poll() is None:
         found = EmbeddingTable.find(str(table))
