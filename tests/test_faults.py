@@ -83,7 +83,7 @@ def kill_driver(yard: Yard, kind: str, seed: int, *, on_s3: bool, own_ray: bool 
 
         strike = Strike(scene, moment, harm)
         strike.start()
-        _, complaint = driver.communicate(timeout=240)
+        _, complaint = driver.communicate(timeout=600)
         phase = strike.finish()
         assert driver.returncode in (0, -signal.SIGKILL), complaint.decode()
         scene.inspect()

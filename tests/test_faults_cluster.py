@@ -106,7 +106,7 @@ def test_the_raylet_of_the_driver_is_killed(yard, raylets, seed):
     with scene.readers():
         strike = Strike(scene, moment, lambda: os.kill(raylets.head, signal.SIGKILL))
         strike.start()
-        driver.communicate(timeout=240)
+        driver.communicate(timeout=600)
         phase = strike.finish()
         raylets.stop()
         raylets.start()

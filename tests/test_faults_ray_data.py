@@ -115,6 +115,6 @@ def test_a_cluster_with_one_cpu(corpus, tmp_path, tiny_model_folder):
     )
     command = [sys.executable, "-c", program, "embed", str(corpus), str(table), "--model", str(tiny_model_folder)]
     command += [word for item in SETS for word in ("--set", item)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, timeout=180)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, timeout=400)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert whole_documents(table, PUBLISHED) == wanted

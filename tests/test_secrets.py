@@ -53,7 +53,7 @@ class Place:
             cwd=ROOT,
             env=self.environment(**changes),
             capture_output=True,
-            timeout=240,
+            timeout=600,
         )
         self.said += [done.stdout, done.stderr]
         wanted = (status,) if isinstance(status, int) else status
