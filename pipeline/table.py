@@ -217,7 +217,8 @@ class EmbeddingTable:
         Args:
             new: fragments whose files lie in this table's folder.
         """
-        self._commit(run, lance.LanceOperation.Overwrite(schema, [*new]))
+        # Without a retry: Lance would let this one pass over what another writer committed meanwhile.
+        self._commit(run, lance.LanceOperation.Overwrite(schema, [*new]), max_retries=0)
         table = EmbeddingTable(self.uri, self.dataset)
         table.lease = self.lease
         return table
@@ -241,14 +242,14 @@ class EmbeddingTable:
             ),
         )
 
-    def _commit(self, run: str, operation: Any) -> None:
+    def _commit(self, run: str, operation: Any, **how: int) -> None:
         before = self.version
         transaction = lance.Transaction(read_version=before, operation=operation, transaction_properties={RUN_KEY: run})
         if self.lease is not None:
             self.lease.check()
         try:
             options = storage.lance_options(self.uri)
-            self.dataset = lance.LanceDataset.commit(self.dataset, transaction, storage_options=options)
+            self.dataset = lance.LanceDataset.commit(self.dataset, transaction, storage_options=options, **how)
         except OSError as error:
             if "conflict" in str(error).lower():
                 raise self._conflict() from None

@@ -105,6 +105,17 @@ def test_one_writer(tmp_path):
     assert contents(EmbeddingTable.open(uri, PUBLISHED))["a"] == [(0, 1.0), (1, 1.0)]
 
 
+def test_a_writer_that_came_in_between_is_not_overwritten(tmp_path):
+    uri = str(tmp_path / "table.lance")
+    fill(uri, RECIPE, {"a": "x"})
+    stale, none = EmbeddingTable.open(uri), hash_ids(pa.array([], pa.string()))
+    other = EmbeddingTable.open(uri)
+    other.commit([write_fragment(uri, rows({"b": "xy"}), "r2")], none, other.keys(), run="r2")
+    with pytest.raises(InputError, match="another run"):
+        stale.overwrite(stale.schema, [], run="r3")
+    assert sorted(contents(EmbeddingTable.open(uri))) == ["a", "b"]
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_nights_of_a_migration(tmp_path, tiny_model_folder):
     source, table = tmp_path / "corpus", tmp_path / "corpus" / "table.lance"
