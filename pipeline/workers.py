@@ -6,6 +6,7 @@ one that kills its worker goes into quarantine.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,9 @@ from pipeline.tokens import TokenizeStage
 from pipeline.work import POSITION, read_work
 
 NAMES = ["document_id", "text_hash", "source"]
+DEVICE_LOST = "AcceleratorError"
+"""What torch raises on everything in this process once a kernel failed on the GPU. Another process can go on, and the
+quarantine finds the document that does it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,12 @@ class EmbedAndWrite:
         given_up: list[pa.Table] = []
 
         def embed(table: pa.Table) -> list[Any]:
-            return list(self.stage.embed(table))
+            try:
+                return list(self.stage.embed(table))
+            except Exception as error:
+                if type(error).__name__ == DEVICE_LOST:
+                    os._exit(1)
+                raise
 
         def give_up(table: pa.Table) -> list[Any]:
             given_up.append(table)

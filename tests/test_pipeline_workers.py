@@ -26,7 +26,8 @@ from pipeline.table import EmbeddingTable
 from pipeline.work import POSITION
 from pipeline.workers import EmbedAndWrite, Job, Workers, letter, without_text
 
-KILLS_READER, KILLS_ENCODER, FAILS, LOG = "kills the reader", "kills the encoder", "fails", "log"
+KILLS_READER, KILLS_ENCODER, LOSES_DEVICE = "kills the reader", "kills the encoder", "loses the device"
+FAILS, LOG = "fails", "log"
 
 
 @pytest.fixture
@@ -44,6 +45,10 @@ def died(log: str, text: str) -> None:
     with open(log, "a") as file:
         file.write(text + "\n")
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class AcceleratorError(RuntimeError):
+    """Named like torch's, which is raised when a GPU is lost to a process."""
 
 
 class WordCounter:
@@ -77,6 +82,8 @@ class LengthEncoder:
         for text, reason in zip(texts, reasons, strict=True):
             if text.startswith(KILLS_ENCODER) and not reason:
                 died(self.log, text)
+            if text.startswith(LOSES_DEVICE) and not reason:
+                raise AcceleratorError(text)
         alive = np.array([reason is None for reason in reasons], bool)
         kept = tokens.filter(pa.array(alive))
         count = len(kept)
@@ -134,15 +141,16 @@ def embed(folder: Path, texts: list[str], block_chars: int = 10_000) -> tuple[di
 
 
 @pytest.mark.usefixtures("stages_by_value")
-def test_two_documents_that_kill_the_encoder_and_one_that_fails_in_one_block(tmp_path):
+def test_documents_that_kill_the_encoder_and_one_that_fails_in_one_block(tmp_path):
     texts = [f"text {'x' * i}" for i in range(12)]
-    texts[3], texts[8], texts[9] = KILLS_ENCODER, KILLS_ENCODER + " too", FAILS
+    texts[3], texts[8], texts[9], texts[10] = KILLS_ENCODER, KILLS_ENCODER + " too", FAILS, LOSES_DEVICE
     found, letters, killed, missing = embed(tmp_path, texts)
-    assert found == {f"d{i:02}": len(text) for i, text in enumerate(texts) if i not in (3, 8, 9)}
+    assert found == {f"d{i:02}": len(text) for i, text in enumerate(texts) if i not in (3, 8, 9, 10)}
     stages = {name: (row["stage"], row["attempts"]) for name, row in letters.items()}
-    assert stages == {"d03": ("quarantine", 2), "d08": ("quarantine", 2), "d09": ("embed", 1)}
+    quarantined = dict.fromkeys(("d03", "d08", "d10"), ("quarantine", 2))
+    assert stages == {**quarantined, "d09": ("embed", 1)}
     assert letters["d03"]["error"] == QUARANTINED
-    assert missing == 3
+    assert missing == 4
     assert len(killed) == 2 * MOST_DEATHS_ALONE + 1
 
 
