@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from seaweed import Seaweed, find_weed
+from seaweed import Proxy, Seaweed, Trouble, find_weed
 
 from model.errors import InputError
 from pipeline import lease
@@ -245,6 +245,23 @@ def test_a_store_that_stands_still_does_not_end_a_lease(server, s3_uri, caplog):
         assert lease.now() - held.confirmed < 2
     assert holder(s3_uri) is None
     assert not caplog.records
+
+
+def test_a_lease_whose_making_is_not_answered_is_held(server, s3_uri, monkeypatch):
+    proxy = Proxy(server.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    proxy.trouble = Trouble(500, 1.0, carried_out=True, only=(b"PUT",))
+    with Lease.take(s3_uri, "ours", beat_s=0.1) as held:
+        assert proxy.refused > 0
+        assert place_of(s3_uri).newest().token == held.owner.token
+        proxy.trouble = Trouble(503, 0.5)
+        time.sleep(1)
+        proxy.trouble = None
+        time.sleep(1.5)
+        held.check()
+        assert lease.now() - held.confirmed < 5
+    assert holder(s3_uri) is None
+    proxy.close()
 
 
 @pytest.mark.slow

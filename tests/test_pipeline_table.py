@@ -11,6 +11,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pytest
+from seaweed import Proxy, Trouble
 from test_pipeline_recipe import RECIPE as FULL_RECIPE
 
 from model.errors import InputError
@@ -240,6 +241,23 @@ def test_of_processes_that_commit_at_once_one_wins_on_s3(s3_server, monkeypatch,
     won = race(table.uri, 5)
     rows_now = EmbeddingTable.open(table.uri).dataset.to_table(columns=["document_id"])["document_id"]
     assert sorted(rows_now.unique().to_pylist()) == sorted(won)
+
+
+def test_a_commit_whose_answer_is_lost_counts_once(s3_server, monkeypatch, tmp_path):
+    proxy = Proxy(int(s3_server["AWS_ENDPOINT_URL"].rpartition(":")[2]), seed=3)
+    for name, value in (s3_server | {"AWS_ENDPOINT_URL": proxy.endpoint}).items():
+        monkeypatch.setenv(name, value)
+    table = EmbeddingTable.create(f"s3://bucket/{tmp_path.name}/lost", RECIPE, model="m")
+    for number in range(6):
+        fragment = write_fragment(table.uri, rows({str(number): "text"}), "r")
+        proxy.trouble = Trouble(500, 0.5, carried_out=True, only=(b"PUT",))
+        table.commit([fragment], hash_ids(pa.array([], pa.string())), Keys.empty(), run="r")
+        proxy.trouble = None
+        assert table.version == EmbeddingTable.open(table.uri).version == number + 2
+    assert proxy.refused > 3
+    found = table.dataset.to_table(columns=["document_id", "chunk"]).to_pylist()
+    assert len(found) == len({tuple(row.values()) for row in found}) == 12
+    proxy.close()
 
 
 def test_a_lost_lease_stops_commit_and_publishing(table):
