@@ -65,11 +65,14 @@ class Stub(EmbedStage):
 
 
 def write_documents(folder: Path, count: int, changed: int = 0) -> None:
-    """Documents of about a dozen words, 50,000 a file; the first `changed` of them have another text."""
+    """Documents of 20 to 60 random words, 50,000 a file; the first `changed` of them have another text."""
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, count, DOCUMENTS_PER_FILE):
         numbers = range(start, min(start + DOCUMENTS_PER_FILE, count))
-        texts = [" ".join(f"w{(n * 7919 + i * 104_729) % 1900 + 3}" for i in range(8 + n % 9)) for n in numbers]
+        draw = np.random.default_rng(start)
+        ends = np.cumsum(draw.integers(20, 61, len(numbers)))
+        words = np.char.add("w", draw.integers(3, 2_000, ends[-1]).astype(str)).tolist()
+        texts = [" ".join(words[low:high]) for low, high in zip([0, *ends[:-1]], ends, strict=True)]
         for number in range(start, min(start + len(texts), changed)):
             texts[number - start] += " w5"
         table = pa.table({"id": [f"document-{n:09}" for n in numbers], "text": texts})
