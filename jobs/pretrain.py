@@ -257,6 +257,7 @@ def stop_wishes() -> Iterator[threading.Event]:
 
 def work_on(job: Mapping[str, Any]) -> dict[str, Any]:
     """What each worker runs, from the latest checkpoint to the end."""
+    import ray.train.collective
     import ray.train.torch
 
     context = ray.train.get_context()

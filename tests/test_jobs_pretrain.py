@@ -2,6 +2,7 @@
 after `kill -9` of a worker and of the driver at random steps. What needs no worker is in the quick part.
 """
 
+import itertools
 import json
 import os
 import random
@@ -165,6 +166,14 @@ class Command:
             assert time.monotonic() < until, f"only {self.steps()} steps"
             time.sleep(0.05)
 
+    def wait_for_workers(self, count: int, timeout_s: float = 400) -> None:
+        """Until steps are taken by so many."""
+        until = time.monotonic() + timeout_s
+        while not (lines := read_lines(self.output / LINES)) or lines[-1]["workers"] != count:
+            assert self.process.poll() is None, self.process.stderr.read() if self.process.stderr else ""
+            assert time.monotonic() < until, f"the group is not of {count} workers"
+            time.sleep(0.05)
+
     def workers(self) -> list[int]:
         """Process ids of the training workers of this command."""
         found = []
@@ -260,3 +269,33 @@ def test_sigterm_writes_a_checkpoint_first(text_shards: Path, tmp_path: Path) ->
     checkpoints = sorted((command.output / "checkpoints").iterdir())
     assert len(checkpoints) == 1
     assert int(checkpoints[0].name.removeprefix("step-")) == command.steps() >= 3
+
+
+@pytest.mark.slow
+def test_a_group_that_shrinks_and_grows_learns_the_same(
+    one_worker: list[dict[str, Any]], text_shards: Path, tmp_path: Path
+) -> None:
+    """Two machines with a worker each; one is taken away and comes back: 2 -> 1 -> 2."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    command = None
+    try:
+        second = cluster.add_node(num_cpus=1)
+        command = Command(
+            write_config(text_shards, tmp_path),
+            "work.workers=2",
+            "work.min_workers=1",
+            f"work.address={json.dumps(cluster.address)}",
+        )
+        command.wait_for(8)
+        cluster.remove_node(second, allow_graceful=False)
+        command.wait_for_workers(1)
+        cluster.add_node(num_cpus=1)
+        assert command.finish(900)["status"] == "done"
+        lines = same_learning(command.output, one_worker)
+        assert [k for k, _ in itertools.groupby(item["workers"] for item in lines)] == [2, 1, 2]
+    finally:
+        if command is not None and command.process.poll() is None:
+            command.kill()
+        cluster.shutdown()
