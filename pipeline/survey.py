@@ -147,21 +147,28 @@ class Tasks:
 class RayTasks(Tasks):
     """The same in Ray tasks. A reference stands for a value that may never come to this process."""
 
+    def __init__(self) -> None:
+        self.steps: dict[Callable[..., Any], Any] = {}
+
+    def remote(self, step: Callable[..., Any]) -> Any:
+        """The step as Ray knows it; each is sent to the cluster once."""
+        import ray
+
+        if step not in self.steps:
+            self.steps[step] = ray.remote(step)
+        return self.steps[step]
+
     def put(self, value: Any) -> Any:
         import ray
 
         return ray.put(value)
 
     def call(self, step: Callable[..., Any], *arguments: Any, results: int) -> list[Any]:
-        import ray
-
-        found = ray.remote(step).options(num_returns=results).remote(*arguments)
+        found = self.remote(step).options(num_returns=results).remote(*arguments)
         return found if isinstance(found, list) else [found]
 
     def stream(self, step: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
-        import ray
-
-        return ray.remote(step).options(num_returns="streaming").remote(*arguments)
+        return self.remote(step).options(num_returns="streaming").remote(*arguments)
 
     def get(self, reference: Any) -> Any:
         import ray
