@@ -19,6 +19,7 @@ from jobs.plan import make_recipe, read_model
 from jobs.report import EmbedReport
 from model.errors import InputError
 from pipeline import storage
+from pipeline.dead import DeadLetters
 from pipeline.lease import Lease
 from pipeline.ledger import new_run, recorded
 from pipeline.table import NEXT, EmbeddingTable
@@ -100,6 +101,7 @@ def switch(uri: str) -> int:
         assert not any(fragment.deletion_file for fragment in fragments)
         bring([file.path for fragment in fragments for file in fragment.files], grown.uri, table.uri)
         bring_folder("_canaries", grown.uri, table.uri)
+        DeadLetters(table).adopt(DeadLetters(grown))
         table = table.overwrite(grown.schema, fragments, run=run)
         version = table.publish()
         entry.set(status="published", version=version, published=version, rows=table.dataset.count_rows())

@@ -146,7 +146,15 @@ class DeadLetters:
             )
         if not rows:
             return
-        letters = pa.Table.from_pylist(rows, schema=SCHEMA)
+        self._write(pa.Table.from_pylist(rows, schema=SCHEMA))
+
+    def adopt(self, other: "DeadLetters") -> None:
+        """Take over the letters of another table, under its recipe; those that are here already stay single."""
+        rows = other._rows(SCHEMA.names)
+        if len(rows):
+            self._write(rows)
+
+    def _write(self, letters: pa.Table) -> None:
         self._about_to_change()
         if self.dataset is None:
             options = storage.lance_options(self.uri)

@@ -105,6 +105,18 @@ def test_other_recipes_do_not_see_them_and_clean_up_of_the_table_leaves_them(tab
     assert shown(table) == {"a": ("embed", 1, "r1", "r1")}
 
 
+def test_letters_move_with_a_migration(table, tmp_path):
+    grown = EmbeddingTable.create(str(tmp_path / "next.lance"), replace(RECIPE, dim=8), model="m")
+    DeadLetters(table).adopt(DeadLetters(grown))
+    DeadLetters(table).record([dead("a", error="under the old recipe")], "r1")
+    DeadLetters(grown).record([dead("a"), dead("b", attempts=2)], "r2")
+    for _ in range(2):  # a switch that was killed is done again
+        DeadLetters(table).adopt(DeadLetters(grown))
+    assert shown(table) == {"a": ("embed", 1, "r1", "r1")}
+    table.fingerprint = grown.fingerprint
+    assert shown(table) == shown(grown) == {"a": ("embed", 1, "r2", "r2"), "b": ("embed", 2, "r2", "r2")}
+
+
 def test_a_writer_without_its_lease_changes_no_letter(table):
     class Lost:
         def check(self):
