@@ -44,7 +44,7 @@ from pipeline.shards import (
     list_names,
     read_file,
     read_manifest,
-    remove_file,
+    remove,
     write_file,
 )
 from pipeline.sources import Holding, read_part, split_files
@@ -315,9 +315,9 @@ def tidy(uri: str, manifest: Manifest) -> None:
     """Remove what unfinished runs left; the manifest has it all."""
     named = {entry.name for entries in manifest.shards.values() for entry in entries}
     for name in list_names(uri):
-        stray = SHARD.fullmatch(name) and name not in named
-        if stray or name.startswith((f"{PARTS}/", ".")):
-            remove_file(uri, name)
+        if (SHARD.fullmatch(name) and name not in named) or name.startswith("."):
+            remove(uri, name)
+    remove(uri, PARTS)
 
 
 def described(counts: dict[str, int]) -> str:

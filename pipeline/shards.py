@@ -152,9 +152,14 @@ def list_names(uri: str) -> list[str]:
     return sorted(info.path.removeprefix(path).lstrip("/") for info in found if info.type == FileType.File)
 
 
-def remove_file(uri: str, name: str) -> None:
+def remove(uri: str, name: str) -> None:
+    """Remove a file of a place, or a folder with all that is in it."""
     files, path = filesystem(uri)
-    files.delete_file(f"{path}/{name}")
+    target = files.get_file_info(f"{path}/{name}")
+    if target.type == FileType.Directory:
+        files.delete_dir(target.path)
+    else:
+        files.delete_file(target.path)
 
 
 # Shards

@@ -127,6 +127,7 @@ def test_an_unfinished_run_goes_on(source: Path, place: Path, tmp_path: Path) ->
     # Only the lengths, which the records above made up, tell that they were believed.
     assert read_file(str(tmp_path), MANIFEST) != read_file(str(place), MANIFEST)
     assert TokenShards.open(str(tmp_path)).manifest.shards == manifest.shards
+    assert not (tmp_path / "parts").exists()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from pipeline.shards import (
     list_names,
     read_file,
     read_manifest,
+    remove,
     shard_table,
     write_file,
     write_shard,
@@ -85,6 +86,9 @@ def test_what_is_written_is_read(uri: str) -> None:
     assert shard.ids.to_pylist() == ["a", "b", "c"]
     assert (Path(opened.tokenizer_folder()) / "tokenizer.json").read_bytes() == b"{}"
     assert list_names(uri) == [MANIFEST, "tokenizer/tokenizer.json", "train-00000.arrow"]
+    remove(uri, "train-00000.arrow")
+    remove(uri, "tokenizer")
+    assert list_names(uri) == [MANIFEST]
 
 
 def test_the_same_table_gives_the_same_bytes(uri: str) -> None:
