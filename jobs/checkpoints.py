@@ -5,6 +5,7 @@ written in a thread while training goes on, under a name that counts only when t
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -112,13 +113,16 @@ class Checkpoints:
         """Until what was begun is written.
 
         Raises:
-            OSError: it could not be.
+            InputError: the disk is full.
+            OSError: it could not be written for another reason.
         """
         if self.thread is not None:
             self.thread.join()
             self.thread = None
         if self.failure is not None:
             failure, self.failure = self.failure, None
+            if os.strerror(errno.ENOSPC) in str(failure):  # from Python or from safetensors
+                raise InputError(f"{self.path}: the disk is full; the checkpoint before is whole") from failure
             raise failure
 
     def _write_quietly(self, checkpoint: Checkpoint) -> None:

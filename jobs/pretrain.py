@@ -28,12 +28,12 @@ from jobs.monitor import Display, Monitor, measure_ceiling
 from jobs.phases import Phase, PretrainConfiguration, plan_phases
 from jobs.replicas import Replicas
 from jobs.report import clock, line
-from jobs.state import begin, bring_back, check_resumable, checkpoint_bytes, starting_shape
+from jobs.state import MODEL, begin, bring_back, check_resumable, checkpoint_bytes, starting_shape
 from jobs.training import Diverged, Run, Signals, train
 from model.errors import InputError
 from model.folder import read_folder, tokenizer_hash
 from pipeline.shards import TokenShards, write_file
-from pipeline.storage import local_model
+from pipeline.storage import filesystem, local_model
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,11 @@ def run_pretrain(configuration: PretrainConfiguration) -> PretrainReport:
     total_steps = sum(phase.num_steps for phase in phases)
     steps = checkpoints.steps()
     record = checkpoints.read_record(steps[-1]) if steps else {}
-    was_done = bool(steps) and record["phase"] == len(phases)
+    if record.get("phase") == len(phases) and has_model(configuration.output):
+        seconds = round(time.monotonic() - started, 1)
+        return PretrainReport(
+            "pretrain", "unchanged", configuration.output, steps[-1], record["tokens"], None, None, seconds
+        )
     write_file(configuration.output, SETTINGS, configuration.model_dump_json(indent=1).encode() + b"\n")
     work = configuration.work
     with session(work.address, num_cpus=max(local_cpus(), work.workers + 1)):
@@ -150,7 +154,7 @@ def run_pretrain(configuration: PretrainConfiguration) -> PretrainReport:
         raise Diverged(result["message"])
     return PretrainReport(
         job="pretrain",
-        status="unchanged" if was_done else result["status"],
+        status=result["status"],
         output=configuration.output,
         steps=result["step"],
         tokens=result["tokens"],
@@ -158,6 +162,11 @@ def run_pretrain(configuration: PretrainConfiguration) -> PretrainReport:
         heldout_loss=result["last"].get("heldout_loss"),
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def has_model(output: str) -> bool:
+    files, path = filesystem(output)
+    return files.get_file_info(f"{path}/{MODEL}/config.json").is_file
 
 
 def check(configuration: PretrainConfiguration) -> tuple[tuple[Phase, ...], Checkpoints]:

@@ -72,6 +72,19 @@ def test_a_write_that_fails_is_raised_by_the_next(tmp_path: Path) -> None:
         checkpoints.wait()
 
 
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """As /dev/full says it, which takes no byte."""
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(checkpoint(1))
+    checkpoints.wait()
+    with pytest.raises(OSError) as caught, open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x")
+    checkpoints.failure = caught.value
+    with pytest.raises(InputError, match="the disk is full"):
+        checkpoints.wait()
+    assert checkpoints.steps() == [1]
+
+
 def test_damaged_ones_are_one_line(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
     for step in (1, 2):

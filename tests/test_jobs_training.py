@@ -19,7 +19,7 @@ from jobs.checkpoints import Checkpoints
 from jobs.configuration import load
 from jobs.monitor import LINES, read_lines
 from jobs.phases import PretrainConfiguration, plan_phases, shape_of
-from jobs.pretrain import check, go_on
+from jobs.pretrain import check, go_on, run_pretrain
 from jobs.replicas import Replicas
 from jobs.training import Signals
 from model.encoder import Encoder, init_weights
@@ -192,6 +192,8 @@ def test_a_run_that_is_done_stays_done(text_shards: Path, whole_run: tuple[Path,
     assert (result["status"], result["step"]) == ("done", 20)
     assert (whole_run[0] / "model" / "model.safetensors").read_bytes() == before
     assert len(read_lines(whole_run[0] / LINES)) == 20
+    report = run_pretrain(configuration(text_shards, whole_run[0]))
+    assert (report.status, report.steps) == ("unchanged", 20)
 
 
 @pytest.fixture(scope="module")
