@@ -91,7 +91,7 @@ def kill_driver(yard: Yard, kind: str, seed: int, *, on_s3: bool, own_ray: bool 
     conclude(scene, kind, seed, moment, phase, f"status {driver.returncode}", reruns, begun)
 
 
-@pytest.mark.parametrize("seed", cases("driver", 24, quick=2))
+@pytest.mark.parametrize("seed", cases("driver", 24, quick=1))
 def test_driver_is_killed(yard, seed):
     kill_driver(yard, "driver", seed, on_s3=False)
 
@@ -106,7 +106,7 @@ def test_driver_is_killed_that_started_its_own_ray(yard, seed):
     kill_driver(yard, "driver-ray", seed, on_s3=False, own_ray=True)
 
 
-@pytest.mark.parametrize("seed", cases("worker", 12, quick=2))
+@pytest.mark.parametrize("seed", cases("worker", 12, quick=1))
 def test_embedding_worker_is_killed(yard, seed):
     _, scene, _ = draw_scene(yard, "worker", seed, on_s3=False)
     draw = random.Random(f"worker moment {seed}")
