@@ -71,7 +71,9 @@ def recorded(table: str, run: str, job: str, **facts: Any) -> Iterator[Entry]:
     except BaseException as error:
         # Ray makes a SystemExit of SIGTERM.
         status = INTERRUPTED if isinstance(error, (KeyboardInterrupt, SystemExit)) else FAILED
-        entry.set(status=status, error=storage.last_words(error), ended=utc(), seconds=entry.seconds())
+        entry.set(status=status, ended=utc(), seconds=entry.seconds())
+        if status == FAILED:
+            entry.set(error=storage.last_words(error))
         try:
             entry.keep()
         except Exception as second:
