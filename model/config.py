@@ -1,4 +1,4 @@
-"""The shape of a ModernBERT encoder, read from and written to both generations of Hugging Face's `config.json`.
+"""The shape of a ModernBERT encoder or decoder, from and to both generations of Hugging Face's `config.json`.
 
 The first generation (transformers 4.48) says `global_attn_every_n_layers`, `global_rope_theta`, `local_rope_theta`;
 the second (transformers 5) says `layer_types` and `rope_parameters`. What we write carries both, so that either loads
@@ -48,6 +48,22 @@ class EncoderConfig:
     num_labels: int = 2
     initializer_range: float = 0.02
     initializer_cutoff_factor: float = 2.0
+    num_global_tokens: int = 0
+    """The first so many tokens of a sequence see, and are seen by, all of it, in local layers too. This and the next
+    two are ours: Hugging Face ignores them, so they are written only where they change something."""
+    sparse_key_blocks: int | None = None
+    """Blocks of keys that a block of queries selects in global layers, see `model.sparse`; None attends to all."""
+    sparse_block_size: int = 64
+    """Tokens of such a block."""
+    causal: bool = False
+    """A decoder (`model_type` "modernbert-decoder"): no token sees a later one."""
+    sliding_window: int | None = None
+    """Decoders only: keys that a token sees in local layers, its own included; None means local_attention // 2.
+
+    Two conventions are about. Hugging Face computes 64 keys from a `local_attention` of 128. Ettin was trained with
+    FlashAttention's window of 64 to the left, which leaves the token's own key uncounted: 65. The default is what
+    Hugging Face computes, so that logits agree; 65 here, or in config.json, is as trained, for Hugging Face too.
+    """
     pad_id: int | None = 50283
     cls_id: int | None = 50281
     sep_id: int | None = 50282
@@ -67,6 +83,21 @@ class EncoderConfig:
             raise InputError(
                 f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_layers}"
             )
+        if self.causal and self.window < 0:
+            raise InputError(
+                "a decoder's local layers see no key: local_attention must be 2 or sliding_window 1 at least"
+            )
+        if self.num_global_tokens < 0 or self.sparse_block_size < 1:
+            raise InputError("num_global_tokens is below 0 or sparse_block_size below 1")
+        if self.sparse_key_blocks is not None:
+            if self.causal:
+                raise InputError("sparse_key_blocks selects by later tokens too, which a decoder must not see; leave it out")
+            least = 1 + -(-self.num_global_tokens // self.sparse_block_size)
+            if self.sparse_key_blocks < least:
+                raise InputError(
+                    f"sparse_key_blocks is {self.sparse_key_blocks}; a block selects itself and those of the global tokens, "
+                    f"so {least} at least"
+                )
         if unknown := set(self.layer_types) - {FULL, SLIDING}:
             raise InputError(f"layer_types has {sorted(unknown)[0]!r}; known are {FULL!r} and {SLIDING!r}")
 
@@ -76,7 +107,9 @@ class EncoderConfig:
 
     @property
     def window(self) -> int:
-        """Reach of local attention to each side, in tokens."""
+        """Reach of local attention, in tokens: to each side, and of a decoder to the left."""
+        if self.causal:
+            return (self.local_attention // 2 if self.sliding_window is None else self.sliding_window) - 1
         return self.local_attention // 2
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
@@ -98,8 +131,8 @@ class EncoderConfig:
                 value.
         """
         kind = hf.get("model_type")
-        if kind != "modernbert":
-            raise InputError(f"config.json has model_type {kind!r}; only 'modernbert' is supported")
+        if kind not in MODEL_TYPES:
+            raise InputError(f"config.json has model_type {kind!r}; only 'modernbert' and its decoder are supported")
         for key in ("hidden_activation", "classifier_activation"):
             if hf.get(key, "gelu") != "gelu":
                 raise InputError(f"config.json has {key} {hf[key]!r}; only 'gelu' is supported")
@@ -124,11 +157,14 @@ class EncoderConfig:
             raise InputError("config.json: num_hidden_layers and global_attn_every_n_layers must be positive integers")
         values["layer_types"] = tuple(values.get("layer_types") or alternate(layers, every))
         values.setdefault("num_labels", len(rest["id2label"]) if rest.get("id2label") else 2)
+        if MODEL_TYPES[kind]:
+            values |= {"causal": True, "sliding_window": rest.pop("sliding_window", None)}
         for key in ("model_type", "hidden_activation", "classifier_activation", "reference_compile"):
             rest.pop(key, None)
         for ours, value in values.items():
-            expected = type(getattr(DEFAULTS, ours))
-            if ours in ("pad_id", "cls_id", "sep_id") and value is None:
+            default = getattr(DEFAULTS, ours)
+            expected = int if default is None else type(default)
+            if ours in NULLABLE and value is None:
                 continue
             if expected is float and isinstance(value, int):
                 values[ours] = value = float(value)
@@ -140,13 +176,18 @@ class EncoderConfig:
         """The `config.json` of a Hugging Face folder, in the words of both generations."""
         hf = dict(self.extra)
         for ours, theirs in HF_NAMES.items():
-            hf[theirs] = getattr(self, ours)
+            if ours not in OURS or getattr(self, ours) != getattr(DEFAULTS, ours):
+                hf[theirs] = getattr(self, ours)
         hf["layer_types"] = list(self.layer_types)
         if len(hf.get("id2label") or {}) == self.num_labels:
             hf.pop("num_labels")  # transformers derives it from the labels
         hf.setdefault("bos_token_id", self.cls_id)
         hf.setdefault("eos_token_id", self.sep_id)
-        hf["model_type"] = "modernbert"
+        hf["model_type"] = next(kind for kind, causal in MODEL_TYPES.items() if causal == self.causal)
+        if self.causal:
+            hf.pop("classifier_pooling")
+            if self.sliding_window is not None:
+                hf["sliding_window"] = self.sliding_window
         hf["hidden_activation"] = hf["classifier_activation"] = "gelu"
         hf["global_rope_theta"], hf["local_rope_theta"] = self.global_theta, self.local_theta
         hf["rope_parameters"] = {
@@ -165,6 +206,8 @@ def alternate(num_layers: int, every: int) -> tuple[LayerType, ...]:
     return tuple(SLIDING if i % every else FULL for i in range(num_layers))
 
 
+MODEL_TYPES = {"modernbert": False, "modernbert-decoder": True}
+"""Hugging Face's name of an architecture, and whether it is causal."""
 HF_NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -188,7 +231,12 @@ HF_NAMES = {
     "pad_id": "pad_token_id",
     "cls_id": "cls_token_id",
     "sep_id": "sep_token_id",
+    "num_global_tokens": "num_global_tokens",
+    "sparse_key_blocks": "sparse_key_blocks",
+    "sparse_block_size": "sparse_block_size",
 }
+OURS = ("num_global_tokens", "sparse_key_blocks", "sparse_block_size")
+NULLABLE = ("pad_id", "cls_id", "sep_id", "sliding_window", "sparse_key_blocks")
 DEFAULTS = EncoderConfig()
 
 # ModernBERT: arXiv 2412.13663, table 4. Ettin: arXiv 2507.11412, table 1; its sizes use one theta in local and global

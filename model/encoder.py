@@ -7,6 +7,8 @@ tokens, D width, N heads, H head size.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -156,14 +158,20 @@ class Encoder(nn.Module):
         Returns:
             hidden_TD in float32 (float64 where the weights are).
         """
-        dtype = self.compute_dtype or self.embeddings.tok_embeddings.weight.dtype
-        x_TD = self.embeddings(batch.tokens_T)
-        plans = self._plans(batch, dtype)
+        return self.through(batch.tokens_T, self._plans(batch), layer_outputs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products and attention compute in."""
+        return self.compute_dtype or self.embeddings.tok_embeddings.weight.dtype
+
+    def through(self, tokens_T: Tensor, plans: Sequence[Any], layer_outputs: list[Tensor] | None = None) -> Tensor:
+        """The way through all layers, layer i attending as `plans[i]` says."""
+        x_TD, dtype = self.embeddings(tokens_T), self.dtype
         if layer_outputs is not None:
             layer_outputs.append(x_TD.clone())
         normed_TD = None if torch.is_grad_enabled() else x_TD.to(dtype, copy=True)
-        for i, layer in enumerate(self.layers):
-            plan = plans[self.config.layer_types[i]]
+        for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
             if normed_TD is not None:
                 last = i + 1 == len(self.layers)
                 layer.advance(x_TD, normed_TD, plan, None if last else self.layers[i + 1].attn_norm)
@@ -175,15 +183,19 @@ class Encoder(nn.Module):
                 layer_outputs.append(x_TD.clone())
         return self.final_norm(x_TD)
 
-    def _plans(self, batch: PackedBatch, dtype: torch.dtype) -> dict[str, Plan]:
-        """How each kind of layer attends in this batch."""
+    def _plans(self, batch: PackedBatch) -> list[Plan]:
+        """How each layer attends in this batch."""
         positions_T = batch.positions_T()
         plans = {}
         for layer_type in sorted(set(self.config.layer_types)):
-            pattern = Pattern(None if layer_type == FULL else self.config.window)
+            pattern = self._pattern(layer_type)
             rotary = (self.global_rotary if layer_type == FULL else self.local_rotary)(positions_T, batch.max_seqlen)
-            plans[layer_type] = prepare(self.attention, batch, pattern, dtype=dtype, rotary=rotary)
-        return plans
+            plans[layer_type] = prepare(self.attention, batch, pattern, dtype=self.dtype, rotary=rotary)
+        return [plans[layer_type] for layer_type in self.config.layer_types]
+
+    def _pattern(self, layer_type: str) -> Pattern:
+        """What a token sees in layers of this kind."""
+        return Pattern(None if layer_type == FULL else self.config.window, causal=self.config.causal)
 
 
 def init_weights(module: nn.Module, config: EncoderConfig, generator: torch.Generator | None = None) -> None:

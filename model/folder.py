@@ -81,14 +81,17 @@ def resolve_folder(folder_or_id: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def read_folder(folder_or_id: str | os.PathLike[str]) -> ModelFolder:
+def read_folder(folder_or_id: str | os.PathLike[str], *, causal: bool = False) -> ModelFolder:
     """Read what a Hugging Face or sentence-transformers folder says of itself.
 
     A folder without `modules.json` is a plain Hugging Face model: mean pooling, not normalised, as
     sentence-transformers has it.
 
+    Args:
+        causal: whether a decoder is wanted, and not an encoder.
+
     Raises:
-        InputError: no model there, another architecture, a module that is not supported.
+        InputError: no model there, another architecture or kind, a module that is not supported.
     """
     path = resolve_folder(folder_or_id)
     modules = _read_json(path / "modules.json", default=[])
@@ -103,6 +106,10 @@ def read_folder(folder_or_id: str | os.PathLike[str]) -> ModelFolder:
         config = EncoderConfig.from_hf(hf)
     except InputError as error:
         raise InputError(f"{transformer}: {error}") from error
+    architecture = (hf.get("architectures") or ["ModernBertDecoderModel" if config.causal else "ModernBertModel"])[0]
+    if config.causal != causal:
+        found, wanted = ("an encoder", "a decoder") if causal else ("a decoder", "an encoder")
+        raise InputError(f"{transformer} holds {found} ({architecture}); give the folder of {wanted}")
     settings: dict[str, Any] = {}
     for module, kind in zip(modules, kinds, strict=True):
         options = _read_json(path / module.get("path", "") / "config.json", default={}) if kind != "Transformer" else {}
@@ -127,7 +134,7 @@ def read_folder(folder_or_id: str | os.PathLike[str]) -> ModelFolder:
     return ModelFolder(
         path=transformer,
         config=config,
-        architecture=(hf.get("architectures") or ["ModernBertModel"])[0],
+        architecture=architecture,
         max_tokens=min(int(limit) for limit in limits if limit),
         weight_files=_weight_files(transformer),
         **settings,

@@ -40,7 +40,7 @@ class Headed(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the head computes in: as the encoder does."""
-        return self.model.compute_dtype or self.model.embeddings.tok_embeddings.weight.dtype
+        return self.model.dtype
 
 
 class MaskedLanguageModel(Headed):

@@ -145,7 +145,7 @@ def test_unknown_keys_are_kept() -> None:
     "change, said",
     [
         ({"model_type": "bert"}, "model_type 'bert'"),
-        ({"model_type": None}, "only 'modernbert' is supported"),
+        ({"model_type": None}, "only 'modernbert' and its decoder are supported"),
         ({"hidden_activation": "silu"}, "hidden_activation 'silu'"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
         ({"rope_parameters": {FULL: {"rope_type": "yarn", "rope_theta": 1e4}}}, "rope_type 'yarn'"),
