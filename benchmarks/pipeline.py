@@ -211,7 +211,8 @@ def measure(workload: Workload, where: str, model: Path, arguments: argparse.Nam
             "seconds": result["seconds"],
             "startup_s": result["startup_s"],
             "tokens_per_s": round(tokens / whole, 1),
-            "tokens_per_s_after_startup": round(tokens / max(whole - startup, 1e-9), 1),
+            # Noise, where the documents take no longer than starting up.
+            "tokens_per_s_after_startup": round(tokens / (whole - startup), 1) if whole > startup else None,
             **compare(result["vectors"][sample], reference),
         }
     return {
@@ -229,9 +230,10 @@ def ratios(peers: dict[str, Any]) -> dict[str, float]:
     """Ours over the best of the others, with start-up and without."""
     result = {}
     for key in ("tokens_per_s", "tokens_per_s_after_startup"):
-        others = [peer[key] for name, peer in peers.items() if name != NIGHTLOOM and key in peer]
-        if others and key in peers.get(NIGHTLOOM, {}):
-            result[key] = round(peers[NIGHTLOOM][key] / max(others), 2)
+        others = [speed for name, peer in peers.items() if name != NIGHTLOOM and (speed := peer.get(key))]
+        ours = peers.get(NIGHTLOOM, {}).get(key)
+        if others and ours:
+            result[key] = round(ours / max(others), 2)
     return result
 
 
