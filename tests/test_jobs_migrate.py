@@ -116,6 +116,7 @@ def test_a_writer_that_came_in_between_is_not_overwritten(tmp_path):
     assert sorted(contents(EmbeddingTable.open(uri))) == ["a", "b"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_nights_of_a_migration(tmp_path, tiny_model_folder):
     source, table = tmp_path / "corpus", tmp_path / "corpus" / "table.lance"
