@@ -245,10 +245,11 @@ def check_key(key: str, known: Mapping[str, str], *, where: str) -> None:
     if any(fits(key, name) for name in known):
         return
 
-    def likeness(name: str) -> float:
-        # The right name in a wrong group, or in none, is near.
+    def likeness(name: str) -> tuple[float, float]:
+        # The right name in a wrong group, or in none, is near; among equals the one in the right group is nearer.
         last = difflib.SequenceMatcher(None, key.rpartition(".")[2], name.rpartition(".")[2]).ratio()
-        return max(last, difflib.SequenceMatcher(None, key, name).ratio())
+        whole = difflib.SequenceMatcher(None, key, name).ratio()
+        return max(last, whole), whole
 
     raise InputError(f"{where}: there is no key {key!r}; the nearest is {max(known, key=likeness)!r}")
 

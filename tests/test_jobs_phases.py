@@ -101,6 +101,11 @@ def test_what_cannot_be_trained_names_its_phase(phase: dict[str, Any], message: 
         plan_phases(configuration(stable={"tokens": 10**6}, late=phase))
 
 
+def test_a_wrong_key_of_a_phase_names_one_of_a_phase() -> None:
+    with pytest.raises(InputError, match=r"the nearest is 'phases\.\*\.tokens'"):
+        configuration("phases.stable.tokns=5")
+
+
 def test_every_setting_says_what_it_is() -> None:
     wrong = [key for key, text in keys(PretrainConfiguration) if len(text) < 15 or not text.endswith(".")]
     assert wrong == []
