@@ -188,7 +188,7 @@ def measure(workload: Workload, where: str, model: Path, arguments: argparse.Nam
             slug = peer.split()[0]
             try:
                 for name, seconds in (("one", result["startup_s"]), (workload.name, result["seconds"])):
-                    out = f"{where}/out-{slug}-{name}-{turn}" + (".lance" if peer == NIGHTLOOM else "")
+                    out = f"{where}/out-{slug}-{workload.name}-{name}-{turn}" + (".lance" if peer == NIGHTLOOM else "")
                     seconds.append(round(timed(command(peer, f"{where}/{name}", out, model, dtype, best)), 3))
                 result["vectors"] = read_vectors(peer, out, workload)
                 say(f"{workload.name}: round {turn + 1}, {peer} {seconds[-1]} s, one word {result['startup_s'][-1]} s")
