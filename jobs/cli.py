@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -97,6 +98,19 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--train-tokenizer", metavar="SIZE", type=int, help="train a tokenizer of so many entries")
     command = commands.add_parser("pretrain", help="train an encoder on token shards, or go on with training")
     command.add_argument("config", metavar="CONFIG", help="TOML file with settings; jobs/configs has some")
+    command = commands.add_parser("generate", help="go on from a prompt with a decoder; the text appears as it comes")
+    command.add_argument("model", metavar="MODEL", help="model folder (s3:// too) or hub id of a decoder")
+    command.add_argument("prompt", metavar="PROMPT", help="the beginning of a text, in quotes")
+    for name, kind, default, meaning in (
+        ("max-new-tokens", int, 128, "how many at most"),
+        ("temperature", float, 0.0, "what logits are divided by; 0 takes the likeliest token"),
+        ("top-k", int, 0, "choose among so many of the likeliest; 0 for all"),
+        ("top-p", float, 1.0, "choose among the likeliest that together reach this share"),
+        ("seed", int, 0, "the same seed gives the same text"),
+    ):
+        command.add_argument(
+            f"--{name}", metavar="N", type=kind, default=default, help=f"{meaning} (default: {default})"
+        )
     command = commands.add_parser("runs", help="list the runs that wrote to a table")
     command.add_argument("table", metavar="TABLE")
     command.add_argument("--last", metavar="N", type=int, default=20, help="how many (default: 20)")
@@ -145,6 +159,14 @@ def run(options: argparse.Namespace) -> Report:
             model=options.model,
             elsewhere=[default_model()],
             device=options.device,
+        )
+    if options.command == "generate":
+        from jobs.generate import run_generate
+
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        show = None if options.json else partial(print, end="", flush=True)
+        return run_generate(
+            options.model, options.prompt, show=show, **{name: getattr(options, name) for name in names}
         )
     if options.command == "pretrain":
         from jobs.configuration import load

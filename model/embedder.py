@@ -67,7 +67,7 @@ class Embedder:
     def __init__(self, folder_or_id: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto") -> None:
         self.folder = read_folder(folder_or_id)
         self.config = self.folder.config
-        self.device = _device(device)
+        self.device = choose_device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.dtype, self.dtype_reason = choose_dtype(dtype, self.device)
@@ -235,7 +235,12 @@ def _by_budget(order: list[int], lengths: list[int], budget: int) -> list[list[i
     return groups
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """A torch device by name; "auto" is CUDA where there is one.
+
+    Raises:
+        InputError: no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,5 @@
-"""What pretraining minimises: the masked-token loss, with logits for the masked positions only, and sentence ordering.
+"""What pretraining minimises: the masked-token loss, with logits for the masked positions only, and sentence ordering;
+and for decoders the loss of the next token.
 
 Everything comes as sums over this batch times weights that the caller chose, because the mean is one over the masked
 tokens of a whole global batch, of which a batch here is a part. Shape suffixes: T tokens, M masked tokens, S sequences,
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.batch import PackedBatch
+from model.decoder import CausalLanguageModel
 from model.encoder import Linear
 from model.heads import MaskedLanguageModel, PredictionHead
 
@@ -155,3 +157,26 @@ class Pretraining(nn.Module):
             correct = (logits_S2.argmax(dim=1) == ordering_S).sum()
             ordering_sums = torch.stack([ordering.detach(), correct]).to(sums.dtype)
         return loss, torch.cat([sums, ordering_sums])
+
+
+def next_token_loss(
+    model: CausalLanguageModel, batch: PackedBatch, scale: float = 1.0, z_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Every token but the last of its sequence predicts the one after it: no target lies in another sequence.
+
+    Args:
+        scale: what the sum of the losses is multiplied by: one over the tokens predicted in the global batch, which
+            are its tokens less its sequences.
+
+    Returns:
+        The loss, for a backward pass, and three sums without a gradient: loss without z, z, correct.
+    """
+    goes_on_T = torch.ones_like(batch.tokens_T, dtype=torch.bool)
+    goes_on_T[batch.cu_seqlens[1:].long() - 1] = False
+    index_M = goes_on_T.nonzero().squeeze(1)
+    head_MD = model.lm_head(model.model(batch)[index_M], model.model.dtype)
+    targets_M = batch.tokens_T[index_M + 1]
+    summed, sums = MaskedCrossEntropy.apply(
+        head_MD, model.decoder.weight, model.decoder.bias, targets_M, z_weight, torch.is_grad_enabled()
+    )
+    return summed * scale, sums

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from model.attention import choose_backend
 from model.config import EncoderConfig
+from model.decoder import CausalLanguageModel, Decoder
 from model.encoder import Encoder
 from model.errors import InputError
 from model.folder import POOLING_NAMES, ModelFolder
 from model.heads import HEADS, Headed, MaskedLanguageModel
 
+ARCHITECTURES = {"ModernBertDecoderForCausalLM": CausalLanguageModel, **HEADS}
+"""What is read and written, by Hugging Face's names; None is the bare encoder."""
 PREFIX = "model."
 EMBEDDING = "model.embeddings.tok_embeddings.weight"
 
@@ -45,38 +48,49 @@ def load_encoder(folder: ModelFolder, **options: Any) -> Encoder:
     return encoder
 
 
-def load_model(folder: ModelFolder, architecture: str | None = None, **options: Any) -> Encoder | Headed:
+def load_model(
+    folder: ModelFolder, architecture: str | None = None, **options: Any
+) -> Encoder | Headed | CausalLanguageModel:
     """The folder's model with its head.
 
     Args:
-        architecture: one of `model.heads.HEADS`; the folder's own by default.
+        architecture: one of `ARCHITECTURES`; the folder's own by default.
 
     Raises:
         InputError: an architecture that is not implemented, or weights that do not fit it.
     """
     architecture = architecture or folder.architecture
-    if architecture not in HEADS:
+    if architecture not in ARCHITECTURES:
         raise InputError(
-            f"{folder.path}: architecture {architecture!r} is not implemented; known are {', '.join(HEADS)}"
+            f"{folder.path}: architecture {architecture!r} is not implemented; known are {', '.join(ARCHITECTURES)}"
         )
-    head = HEADS[architecture]
+    head = ARCHITECTURES[architecture]
     if head is None:
         return load_encoder(folder, **options)
     state = _read_state(folder)
     with torch.device("meta"):
-        model = head(_on_meta(folder.config, options))
-    if folder.config.tie_word_embeddings and architecture == "ModernBertForMaskedLM":
+        model = head(_on_meta(folder.config, options))  # type: ignore[arg-type]  # a causal configuration's is a Decoder
+    tied = isinstance(model, MaskedLanguageModel | CausalLanguageModel) and folder.config.tie_word_embeddings
+    if tied:
         state.setdefault("decoder.weight", state.get(EMBEDDING, torch.empty(0)))
     _assign(model, state, folder, strict_names=True)
-    if folder.config.tie_word_embeddings and isinstance(model, MaskedLanguageModel):
+    if isinstance(model, MaskedLanguageModel | CausalLanguageModel) and tied:
         model.decoder.weight = model.model.embeddings.tok_embeddings.weight
+    return model
+
+
+def load_decoder(folder: ModelFolder, **options: Any) -> CausalLanguageModel:
+    """A decoder with its next-token head; as `load_model`, of a folder read as a causal one."""
+    model = load_model(folder, "ModernBertDecoderForCausalLM", **options)
+    assert isinstance(model, CausalLanguageModel)
     return model
 
 
 def _on_meta(config: EncoderConfig, options: dict[str, Any]) -> Encoder:
     """An encoder without memory behind it, its attention chosen for the device it will move to."""
     device = options.pop("device", "cpu")
-    encoder = Encoder(config, device="meta", **{**options, "attention": "blocks"})
+    kind = Decoder if config.causal else Encoder
+    encoder = kind(config, device="meta", **{**options, "attention": "blocks"})
     encoder.attention, encoder.attention_reason = choose_backend(
         options.get("attention", "auto"),
         device=torch.device(device),
@@ -120,7 +134,7 @@ def _assign(module: nn.Module, state: dict[str, Tensor], folder: ModelFolder, *,
 
 
 def save_folder(
-    module: Encoder | Headed,
+    module: Encoder | Headed | CausalLanguageModel,
     path: str | os.PathLike[str],
     *,
     tokenizer_from: str | os.PathLike[str] | None = None,
@@ -143,7 +157,7 @@ def save_folder(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     encoder = module if isinstance(module, Encoder) else module.model
-    architecture = next(name for name, kind in HEADS.items() if isinstance(module, kind or Encoder))
+    architecture = next(name for name, kind in ARCHITECTURES.items() if isinstance(module, kind or Encoder))
     config = encoder.config.to_hf() | {"architectures": [architecture]}
     tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in module.state_dict().items()}
     if encoder.config.tie_word_embeddings:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from model import losses
 from model.batch import PackedBatch, pack
 from model.config import EncoderConfig
+from model.decoder import CausalLanguageModel, Decoder
 from model.encoder import Encoder, init_weights
 from model.heads import MaskedLanguageModel
-from model.losses import IGNORED, MaskedCrossEntropy, Pretraining
+from model.losses import IGNORED, MaskedCrossEntropy, Pretraining, next_token_loss
 
 VOCAB, WIDTH = 300, 32
 
@@ -133,3 +134,49 @@ def test_ordering_is_learned_from_its_labels_alone() -> None:
 
 def test_without_a_weight_there_is_no_ordering_head() -> None:
     assert not any("ordering" in name for name, _ in small_model().named_parameters())
+
+
+def test_the_next_token_is_never_another_documents() -> None:
+    """Loss and gradients of a packed batch are the sums over its documents; one of a single token adds nothing."""
+    config = EncoderConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, causal=True,
+        pad_id=0, cls_id=1, sep_id=2,
+    )  # fmt: skip
+    model = CausalLanguageModel(Decoder(config))
+    init_weights(model, config, torch.Generator().manual_seed(0))
+    model.double()
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(3, 300, (length,), generator=generator) for length in (5, 1, 90, 2)]
+    count = sum(len(document) - 1 for document in documents)
+    expected = torch.zeros((), dtype=torch.float64)
+    for document in documents:
+        if len(document) > 1:
+            logits = model(pack([document.numpy()]))
+            expected = expected + F.cross_entropy(logits[:-1], document[1:], reduction="sum") / count
+    expected.backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    loss, sums = next_token_loss(model, pack([document.numpy() for document in documents]), 1 / count)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sums[0] / count, expected.detach(), rtol=1e-12, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_decoder_learns_a_text_by_heart() -> None:
+    config = EncoderConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, causal=True,
+        pad_id=0, cls_id=1, sep_id=2,
+    )  # fmt: skip
+    model = CausalLanguageModel(Decoder(config))
+    init_weights(model, config, torch.Generator().manual_seed(0))
+    texts = [torch.randperm(50, generator=torch.Generator().manual_seed(i)).numpy() for i in range(2)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss, sums = next_token_loss(model, pack(texts), 1 / 98)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5  # 3.9 untrained
+    assert sums[2] > 90  # of 98 tokens
