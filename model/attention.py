@@ -18,25 +18,13 @@ from torch import Tensor
 from model import kernels
 from model.batch import PackedBatch
 from model.errors import InputError
+from model.patterns import QUERY_BLOCK, Pattern, first_tokens, visible, window_bias
 from model.rotary import rotate
-
-QUERY_BLOCK = 32
-"""Queries per block in windowed layers. Keys per block are QUERY_BLOCK + 2 * window. At base size in bfloat16 on two
-cores 2,048 tokens took a layer 16 ms at 32, 21 at 64, 23 at 128, 29 at 256: what is computed in vain grows."""
+from model.sparse import attend_selected, selected_mask
 
 ROWS = 2048
 """Without a gradient, what works row by row goes through in strips of about so many tokens, in place: a long document
 costs little memory then."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """Which keys a query sees inside its own sequence."""
-
-    window: int | None = None
-    """None sees everything; w sees |i - j| <= w."""
-    causal: bool = False
-    """Only j <= i."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +56,11 @@ def prepare(
         dtype: of the queries to come; masks are made in it.
         rotary: tables by which `attend` turns queries and keys.
     """
+    pattern = pattern.settled(batch.max_seqlen)
     if backend == "amx" and (torch.is_grad_enabled() or pattern.causal):
         backend = "blocks"
-    # A window that reaches over the longest sequence is no window: the cheaper kernel takes over.
-    if pattern.window is not None and batch.max_seqlen <= pattern.window + 1:
-        pattern = Pattern(None, pattern.causal)
+    if backend != "reference" and (pattern.num_global or pattern.key_blocks is not None):
+        backend = "blocks"  # the only fast one that knows these
     bias = BACKENDS[backend].bias(batch, pattern, dtype)
     return Plan(backend, batch, pattern, bias, rotary)
 
@@ -114,58 +102,19 @@ def strips(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.chunk(count) for tensor in tensors), strict=True)
 
 
-def visible(batch: PackedBatch, pattern: Pattern) -> Tensor:
-    """The (T, T) mask written out: True where the query of the row sees the key of the column."""
-    sequence_T, position_T = batch.sequence_T(), batch.positions_T()
-    distance_TT = position_T[:, None] - position_T[None, :]
-    mask_TT = sequence_T[:, None] == sequence_T[None, :]
-    if pattern.window is not None:
-        mask_TT &= distance_TT.abs() <= pattern.window
-    if pattern.causal:
-        mask_TT &= distance_TT >= 0
-    return mask_TT
-
-
 def _reference_bias(batch: PackedBatch, pattern: Pattern, dtype: torch.dtype) -> Tensor:
     return visible(batch, pattern)
 
 
 def _reference_attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, plan: Plan) -> Tensor:
     """Quadratic in the whole batch; in any dtype; written so that it can be checked by reading."""
+    pattern, mask = plan.pattern, plan.bias
+    if pattern.key_blocks is not None:
+        offsets = plan.batch.host_offsets()
+        mask = selected_mask(q_TNH, k_TNH, offsets, pattern.key_blocks, pattern.block_size, pattern.num_global)
     scores_NTT = torch.einsum("qnh,knh->nqk", q_TNH, k_TNH) / math.sqrt(q_TNH.shape[-1])
-    weights_NTT = scores_NTT.masked_fill(~plan.bias, -math.inf).softmax(dim=-1)
+    weights_NTT = scores_NTT.masked_fill(~mask, -math.inf).softmax(dim=-1)
     return torch.einsum("nqk,knh->qnh", weights_NTT, v_TNH)
-
-
-def _window_bias(batch: PackedBatch, pattern: Pattern, dtype: torch.dtype) -> Tensor | None:
-    """Additive mask (C, 1, B, K) for blocks of B consecutive tokens of the batch, whatever sequences they belong to.
-
-    Block c holds queries c*B .. c*B + B - 1 and keys c*B - w .. c*B + B - 1 + w. With B = 2, w = 1, lengths 3 and 1,
-    block 0 is
-
-        keys    -1  0  1  2
-        query 0  .  x  x  .
-        query 1  .  x  x  x
-
-    and block 1 has query 2 seeing keys 1, 2 and query 3 (a sequence of its own) seeing key 3 only.
-    """
-    if pattern.window is None:
-        return None
-    w, total = pattern.window, batch.num_tokens
-    blocks = -(-total // QUERY_BLOCK)
-    # Tokens beyond either end belong to no sequence; the queries of the tail see each other, so that no row is all
-    # masked.
-    sequence = F.pad(batch.sequence_T(), (w, blocks * QUERY_BLOCK - total + w), value=-1)
-    keys_CK = sequence.unfold(0, QUERY_BLOCK + 2 * w, QUERY_BLOCK)
-    queries_CB = sequence[w : w + blocks * QUERY_BLOCK].view(blocks, QUERY_BLOCK)
-    device = batch.device
-    distance_BK = torch.arange(QUERY_BLOCK, device=device)[:, None] - torch.arange(-w, QUERY_BLOCK + w, device=device)
-    near_BK = distance_BK.abs() <= w
-    if pattern.causal:
-        near_BK &= distance_BK >= 0
-    mask_CBK = (queries_CB[:, :, None] == keys_CK[:, None, :]) & near_BK
-    bias_CBK = torch.zeros(mask_CBK.shape, dtype=dtype, device=device).masked_fill_(~mask_CBK, -math.inf)
-    return bias_CBK[:, None]
 
 
 def _to_blocks(x_TNH: Tensor, before: int, after: int) -> Tensor:
@@ -176,24 +125,53 @@ def _to_blocks(x_TNH: Tensor, before: int, after: int) -> Tensor:
 
 
 def _blocks_attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, plan: Plan) -> Tensor:
-    window = plan.pattern.window
-    if window is not None:
-        q_CBNH = _to_blocks(q_TNH, 0, 0)
-        k_CKNH, v_CKNH = _to_blocks(k_TNH, window, window), _to_blocks(v_TNH, window, window)
-        out_CNBH = F.scaled_dot_product_attention(
-            q_CBNH.transpose(1, 2), k_CKNH.transpose(1, 2), v_CKNH.transpose(1, 2), attn_mask=plan.bias
-        )
-        return out_CNBH.transpose(1, 2).reshape(-1, *q_TNH.shape[1:])[: q_TNH.shape[0]]
-    runs = equal_runs(plan.batch.host_offsets())
+    pattern, window = plan.pattern, plan.pattern.window
+    if window is None:
+        parts = [_attend_run(q, k, v, pattern) for _, q, k, v in _runs(q_TNH, k_TNH, v_TNH, plan.batch)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    q_CBNH = _to_blocks(q_TNH, 0, 0)
+    k_CKNH, v_CKNH = _to_blocks(k_TNH, window, window), _to_blocks(v_TNH, window, window)
+    if pattern.num_global:
+        first_CG, _ = first_tokens(plan.batch, pattern.num_global, window)
+        k_CKNH, v_CKNH = (torch.cat([x, y[first_CG]], dim=1) for x, y in ((k_CKNH, k_TNH), (v_CKNH, v_TNH)))
+    out_CNBH = F.scaled_dot_product_attention(
+        q_CBNH.transpose(1, 2), k_CKNH.transpose(1, 2), v_CKNH.transpose(1, 2), attn_mask=plan.bias
+    )
+    out_TNH = out_CNBH.transpose(1, 2).reshape(-1, *q_TNH.shape[1:])[: q_TNH.shape[0]]
+    if not pattern.num_global or pattern.causal:  # causal: what a first token sees are first tokens
+        return out_TNH
+    tokens, parts = [], []
+    for first, q, k, v in _runs(q_TNH, k_TNH, v_TNH, plan.batch):
+        count, length = q.shape[0], q.shape[2]
+        index_SG = torch.arange(min(pattern.num_global, length), device=q.device)
+        tokens.append((first + length * torch.arange(count, device=q.device)[:, None] + index_SG).flatten())
+        parts.append(_attend_run(q[:, :, : pattern.num_global], k, v, Pattern()))
+    return out_TNH.index_copy(0, torch.cat(tokens), torch.cat(parts))
+
+
+def _runs(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, batch: PackedBatch
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Neighbours of equal length, which go through a kernel together: sorted batches have long runs.
+
+    Yields:
+        The first token of a run; its queries, keys and values, (S, N, L, H).
+    """
+    runs = equal_runs(batch.host_offsets())
     # One split, whose gradient is one concatenation; a slice a sequence would fill a gradient of the whole batch each.
     sizes = [count * length for _, count, length in runs]
-    parts = []
-    for (_, count, length), *qkv in zip(runs, *(x.split(sizes) for x in (q_TNH, k_TNH, v_TNH)), strict=True):
-        # Neighbours of equal length go through the kernel together; sorted batches have long runs.
+    for (first, count, length), *qkv in zip(runs, *(x.split(sizes) for x in (q_TNH, k_TNH, v_TNH)), strict=True):
         q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=plan.pattern.causal)
-        parts.append(out.transpose(1, 2).reshape(count * length, *q_TNH.shape[1:]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        yield first, q, k, v
+
+
+def _attend_run(q_SNLH: Tensor, k_SNLH: Tensor, v_SNLH: Tensor, pattern: Pattern) -> Tensor:
+    """Attention without a window in sequences of one length, packed again: (S * L, N, H)."""
+    if pattern.key_blocks is not None and q_SNLH.shape[2] > pattern.key_blocks * pattern.block_size:
+        out = attend_selected(q_SNLH, k_SNLH, v_SNLH, pattern.key_blocks, pattern.block_size, pattern.num_global)
+    else:
+        out = F.scaled_dot_product_attention(q_SNLH, k_SNLH, v_SNLH, is_causal=pattern.causal)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def equal_runs(offsets: tuple[int, ...]) -> list[tuple[int, int, int]]:
@@ -215,14 +193,14 @@ def _xformers_bias(batch: PackedBatch, pattern: Pattern, dtype: torch.dtype) -> 
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, BlockDiagonalMask
 
     if pattern.window is not None:
-        return _window_bias(batch, pattern, dtype)
+        return window_bias(batch, pattern, dtype)
     lengths = [b - a for a, b in pairwise(batch.host_offsets())]
     kind = BlockDiagonalCausalMask if pattern.causal else BlockDiagonalMask
     return kind.from_seqlens(lengths, device=batch.device)
 
 
 def _xformers_attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, plan: Plan) -> Tensor:
-    """Global layers: a block-diagonal bias. Local layers: the blocks of `_window_bias` with a tensor bias.
+    """Global layers: a block-diagonal bias. Local layers: the blocks of `window_bias` with a tensor bias.
 
     xformers' own windowed biases are causal (BlockDiagonalMask.make_local_attention), leak between packed documents
     (LocalAttentionFromBottomRightMask), or have no backward (BlockDiagonalLocalAttentionPaddedKeysMask).
@@ -276,7 +254,7 @@ class _Backend:
 
 BACKENDS = {
     "reference": _Backend(_reference_bias, _reference_attend),
-    "blocks": _Backend(_window_bias, _blocks_attend),
+    "blocks": _Backend(window_bias, _blocks_attend),
     "xformers": _Backend(_xformers_bias, _xformers_attend),
     "varlen": _Backend(_no_bias, _varlen_attend),
     "amx": _Backend(_no_bias, _amx_attend, turns=True),

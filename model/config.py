@@ -91,12 +91,14 @@ class EncoderConfig:
             raise InputError("num_global_tokens is below 0 or sparse_block_size below 1")
         if self.sparse_key_blocks is not None:
             if self.causal:
-                raise InputError("sparse_key_blocks selects by later tokens too, which a decoder must not see; leave it out")
+                raise InputError(
+                    "sparse_key_blocks selects by later tokens too, which a decoder must not see; leave it out"
+                )
             least = 1 + -(-self.num_global_tokens // self.sparse_block_size)
             if self.sparse_key_blocks < least:
                 raise InputError(
-                    f"sparse_key_blocks is {self.sparse_key_blocks}; a block selects itself and those of the global tokens, "
-                    f"so {least} at least"
+                    f"sparse_key_blocks is {self.sparse_key_blocks}; a block selects itself and those of the global "
+                    f"tokens, so {least} at least"
                 )
         if unknown := set(self.layer_types) - {FULL, SLIDING}:
             raise InputError(f"layer_types has {sorted(unknown)[0]!r}; known are {FULL!r} and {SLIDING!r}")

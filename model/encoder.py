@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model import kernels
-from model.attention import Pattern, Plan, attend, choose_backend, prepare, strips
+from model.attention import Plan, attend, choose_backend, prepare, strips
 from model.batch import PackedBatch
 from model.config import FULL, EncoderConfig
+from model.patterns import Pattern
 from model.rotary import Rotary
 
 
@@ -146,6 +147,8 @@ class Encoder(nn.Module):
         self.attention, self.attention_reason = choose_backend(
             attention, device=torch.device(device), dtype=dtype or torch.float32, head_size=config.head_size
         )
+        if self.attention != "reference" and (config.num_global_tokens or config.sparse_key_blocks is not None):
+            self.attention_reason += "; blocks in layers with global tokens or selected blocks"
 
     def forward(self, batch: PackedBatch, layer_outputs: list[Tensor] | None = None) -> Tensor:
         """Encode a packed batch.
@@ -171,10 +174,10 @@ class Encoder(nn.Module):
         if layer_outputs is not None:
             layer_outputs.append(x_TD.clone())
         normed_TD = None if torch.is_grad_enabled() else x_TD.to(dtype, copy=True)
-        for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
+        norms_after = [*(layer.attn_norm for layer in self.layers[1:]), None]
+        for layer, plan, norm_after in zip(self.layers, plans, norms_after, strict=True):
             if normed_TD is not None:
-                last = i + 1 == len(self.layers)
-                layer.advance(x_TD, normed_TD, plan, None if last else self.layers[i + 1].attn_norm)
+                layer.advance(x_TD, normed_TD, plan, norm_after)  # type: ignore[operator]  # a ModuleList has no type
             elif self.checkpoint_activations:
                 x_TD = checkpoint(layer, x_TD, plan, dtype, use_reentrant=False)
             else:
@@ -195,7 +198,11 @@ class Encoder(nn.Module):
 
     def _pattern(self, layer_type: str) -> Pattern:
         """What a token sees in layers of this kind."""
-        return Pattern(None if layer_type == FULL else self.config.window, causal=self.config.causal)
+        config = self.config
+        if layer_type == FULL:
+            blocks, size = config.sparse_key_blocks, config.sparse_block_size
+            return Pattern(None, config.causal, config.num_global_tokens, blocks, size)
+        return Pattern(config.window, config.causal, config.num_global_tokens)
 
 
 def init_weights(module: nn.Module, config: EncoderConfig, generator: torch.Generator | None = None) -> None:

@@ -42,18 +42,35 @@ class Cost:
         return self.flops / self.bytes_moved
 
 
-def visible_pairs(length: int, window: int | None) -> int:
+def visible_pairs(length: int, window: int | None, num_global: int = 0) -> int:
     """Query-key pairs that one sequence attends over.
 
-    Of 4 tokens with a window of 1, the queries see 2, 3, 3 and 2 keys: visible_pairs(4, 1) is 10.
+    Of 4 tokens with a window of 1, the queries see 2, 3, 3 and 2 keys: visible_pairs(4, 1) is 10. If the first sees and
+    is seen by all, it is 14.
 
     Args:
         length: tokens of the sequence.
         window: reach to each side; None sees everything.
+        num_global: first tokens that see and are seen by all, whatever the window.
     """
-    if window is None or length <= window + 1:
+    # Pairs that are out of sight are those of the other tokens among themselves.
+    rest = max(0, length - num_global)
+    if window is None or rest <= window + 1:
         return length * length
-    return length * (2 * window + 1) - window * (window + 1)
+    return length * length - rest * rest + rest * (2 * window + 1) - window * (window + 1)
+
+
+def selected_pairs(length: int, key_blocks: int | None, block_size: int, num_global: int = 0) -> int:
+    """Query-key pairs in a layer that selects blocks of keys (`model.sparse`), and those of the blocks' scores.
+
+    As if every selected block were full: a short one at the end, where it is selected, makes it up to
+    `block_size - 1` keys fewer. Scores are half the work of a pair and count half.
+    """
+    if key_blocks is None or length <= key_blocks * block_size:
+        return length * length
+    first = min(num_global, length)
+    selected = first * length + (length - first) * key_blocks * block_size
+    return selected + (-(-length // block_size)) ** 2 // 2
 
 
 def linear_weights(config: EncoderConfig) -> list[tuple[int, int]]:
@@ -86,14 +103,16 @@ def cost(
     if any(length < 1 for length in sequences):
         raise ValueError("every sequence needs a token")
     num_tokens, d = sum(sequences), config.hidden_size
-    pairs = {window: sum(visible_pairs(n, window) for n in sequences) for window in (None, config.window)}
+    first = config.num_global_tokens
+    full_pairs = sum(selected_pairs(n, config.sparse_key_blocks, config.sparse_block_size, first) for n in sequences)
+    local_pairs = sum(visible_pairs(n, config.window, first) for n in sequences)
 
     linear_flops = attention_flops = head_flops = values = 0
     for layer_type in config.layer_types:
         for inputs, outputs in linear_weights(config):
             linear_flops += 2 * num_tokens * inputs * outputs
             values += num_tokens * (inputs + outputs) + inputs * outputs
-        attention_flops += 4 * d * pairs[None if layer_type == FULL else config.window]
+        attention_flops += 4 * d * (full_pairs if layer_type == FULL else local_pairs)
         values += 4 * num_tokens * d  # queries, keys and values in, one result out
     if predicted_tokens:
         for inputs, outputs in ((d, d), (d, config.vocab_size)):

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.attention import BACKENDS, QUERY_BLOCK, Pattern, attend, choose_backend, equal_runs, prepare, visible
+from model.attention import BACKENDS, attend, choose_backend, equal_runs, prepare
 from model.batch import PackedBatch, pack
 from model.errors import InputError
+from model.patterns import QUERY_BLOCK, Pattern
 
 HEADS, HEAD_SIZE = 2, 16
 LENGTHS = (1, 2, 63, 64, 65, 1, 127, 128, 129, 130, 130, 257, 5)
@@ -31,6 +32,7 @@ KERNELS = [
     pytest.param("varlen", "cuda", torch.bfloat16, id="varlen", marks=[pytest.mark.gpu, cuda]),
 ]
 every_kernel = pytest.mark.parametrize("backend, device, dtype", KERNELS)
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, cuda])])
 
 
 def random_inputs(
@@ -82,11 +84,6 @@ def test_reference_is_softmax_by_hand() -> None:
                 for n in range(HEADS):
                     weights = torch.softmax(k[keys, n] @ q[i, n] / HEAD_SIZE**0.5, dim=0)
                     torch.testing.assert_close(out[i, n], weights @ v[keys, n], rtol=0, atol=1e-13)
-
-
-def test_visible_draws_the_mask() -> None:
-    mask = visible(pack([[1] * 3, [1]]), Pattern(1))
-    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
 
 
 @every_kernel

@@ -159,6 +159,10 @@ def test_unknown_keys_are_kept() -> None:
         ({"hidden_size": 36}, "head size 3 is odd"),
         ({"layer_types": [FULL]}, "layer_types names 1 layers"),
         ({"layer_types": ["chunked"] * 22}, "layer_types has 'chunked'"),
+        ({"num_global_tokens": -1}, "num_global_tokens is below 0"),
+        ({"sparse_key_blocks": 0}, "sparse_key_blocks is 0"),
+        ({"sparse_key_blocks": 2, "num_global_tokens": 65}, "so 3 at least"),
+        ({"sparse_key_blocks": 2, "model_type": "modernbert-decoder"}, "a decoder must not see"),
     ],
     ids=str,
 )
@@ -166,6 +170,17 @@ def test_bad_configurations_are_refused_in_one_line(change: dict[str, Any], said
     with pytest.raises(InputError, match=said) as caught:
         EncoderConfig.from_hf(FIRST_GENERATION | change)
     assert "\n" not in str(caught.value)
+
+
+def test_patterns_are_written_only_where_they_change_something() -> None:
+    """What was written before they were known reads the same, and its hash, part of a recipe, stays."""
+    ours = {"num_global_tokens", "sparse_key_blocks", "sparse_block_size"}
+    assert not ours & set(preset("base").to_hf())
+    config = preset("base", num_global_tokens=3, sparse_key_blocks=8, sparse_block_size=32)
+    written = json.loads(json.dumps(config.to_hf()))
+    assert {key: written[key] for key in ours} == dict(zip(sorted(ours), (3, 32, 8), strict=True))
+    assert EncoderConfig.from_hf(written) == config
+    assert EncoderConfig.from_hf(written | {"sparse_key_blocks": None}).sparse_key_blocks is None
 
 
 def test_presets_have_the_published_sizes() -> None:

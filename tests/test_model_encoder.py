@@ -173,10 +173,27 @@ def loss_and_gradients(encoder: Encoder, batch: PackedBatch) -> tuple[Tensor, di
     return hidden_TD.detach(), {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", SHAPES)
+PATTERNS: dict[str, EncoderConfig] = {
+    "global-tokens": EncoderConfig(**SMALL, num_layers=3, local_attention=16, num_global_tokens=2),
+    "selected-blocks": EncoderConfig(
+        **SMALL, num_layers=3, num_global_tokens=1, sparse_key_blocks=3, sparse_block_size=16
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_of_the_configuration_reach_the_layers(name: str) -> None:
+    batch, plain = random_batch((200, 3, 90), 300), EncoderConfig(**SMALL, num_layers=3, local_attention=16)
+    with torch.inference_mode():
+        ours, full = (random_encoder(c, attention="blocks")(batch) for c in (PATTERNS[name], plain))
+    assert not torch.allclose(ours[:200], full[:200], atol=1e-3)
+    assert "blocks in layers with" in random_encoder(PATTERNS[name]).attention_reason
+
+
+@pytest.mark.parametrize("name", SHAPES | PATTERNS)
 def test_blocks_and_reference_agree_in_the_whole_encoder(name: str) -> None:
     """Forward and the gradient of every parameter, float64."""
-    config, batch = SHAPES[name], random_batch((1, 200, 64, 65, 130, 2, 129), 300)
+    config, batch = (SHAPES | PATTERNS)[name], random_batch((1, 200, 64, 65, 130, 2, 129), 300)
     out, gradients = zip(
         *(
             loss_and_gradients(random_encoder(config, torch.float64, attention=a), batch)

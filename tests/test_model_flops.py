@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention import Pattern, visible
 from model.batch import pack
 from model.config import preset
 from model.encoder import Encoder
-from model.flops import PASSES, cost, linear_weights, share_of_ceiling, visible_pairs
+from model.flops import PASSES, cost, linear_weights, selected_pairs, share_of_ceiling, visible_pairs
+from model.patterns import Pattern, visible
+from model.sparse import selected_mask
 
 SMALL = preset(
     "base",
@@ -30,8 +31,8 @@ SMALL = preset(
 )
 
 
-def brute_pairs(length: int, window: int | None) -> int:
-    return int(visible(pack([[1] * length]), Pattern(window)).sum())
+def brute_pairs(length: int, window: int | None, num_global: int = 0) -> int:
+    return int(visible(pack([[1] * length]), Pattern(window, num_global=num_global)).sum())
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 10, 17, 64, 65, 300])
@@ -40,10 +41,30 @@ def test_visible_pairs_are_the_ones_in_the_mask(length: int, window: int | None)
     assert visible_pairs(length, window) == brute_pairs(length, window)
 
 
-@given(st.integers(1, 80), st.integers(1, 90))
-def test_visible_pairs_of_any_length(length: int, window: int) -> None:
+@given(st.integers(1, 80), st.integers(0, 90), st.integers(0, 90))
+def test_visible_pairs_of_any_length(length: int, window: int, first: int) -> None:
     by_hand = sum(abs(i - j) <= window for i in range(length) for j in range(length))
     assert visible_pairs(length, window) == by_hand
+    assert visible_pairs(length, window, first) == brute_pairs(length, window, first)
+
+
+@given(st.integers(1, 100), st.integers(2, 5), st.sampled_from([1, 8, 16]), st.integers(0, 1))
+@settings(deadline=None)
+def test_selected_pairs_are_the_ones_in_the_mask(length: int, key_blocks: int, size: int, first: int) -> None:
+    q, k = torch.randn(2, length, 1, 4, generator=torch.Generator().manual_seed(length))
+    seen = int(selected_mask(q, k, (0, length), key_blocks, size, first).sum())
+    blocks = -(-length // size)
+    scores = blocks**2 // 2 if blocks > key_blocks else 0
+    counted = selected_pairs(length, key_blocks, size, first) - scores
+    assert counted == seen if length % size == 0 else seen <= counted < seen + length * size
+
+
+def test_the_patterns_of_a_configuration_are_counted() -> None:
+    config = dataclasses.replace(SMALL, num_global_tokens=2, sparse_key_blocks=3, sparse_block_size=8)
+    assert config.layer_types.count("full_attention") == 2
+    pairs = 2 * selected_pairs(100, 3, 8, 2) + 2 * visible_pairs(100, 8, 2)
+    assert cost(config, [100]).attention_flops == 4 * SMALL.hidden_size * pairs
+    assert cost(config, [100]).attention_flops < cost(SMALL, [100]).attention_flops
 
 
 @pytest.mark.parametrize("length", [1, 33, 130])
