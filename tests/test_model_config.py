@@ -204,3 +204,18 @@ def test_preset_with_changes() -> None:
 def test_configuration_loads_without_torch() -> None:
     code = "import sys, model.config, model.errors, model.folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("sliding_window, window", [(None, 63), (64, 63), (65, 64)])
+def test_a_decoders_window_in_both_conventions(sliding_window: int | None, window: int) -> None:
+    """`sliding_window` counts keys, the token's own included; from 128 Hugging Face makes 64."""
+    decoder = preset("ettin-32m", causal=True, sliding_window=sliding_window)
+    assert decoder.window == window
+    hf = decoder.to_hf()
+    assert (hf["model_type"], hf.get("sliding_window")) == ("modernbert-decoder", sliding_window)
+    again = EncoderConfig.from_hf(hf)
+    assert again == decoder
+    assert again.to_hf() == hf
+    # An encoder's is none of ours: it is written back as it came.
+    assert EncoderConfig.from_hf(FIRST_GENERATION | {"sliding_window": 64}).window == 64
+    assert "sliding_window" not in preset("ettin-32m").to_hf()

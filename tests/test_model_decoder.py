@@ -160,6 +160,8 @@ def test_the_wrong_kind_is_refused_in_one_line(tmp_path: Path, tiny_model_folder
         read_folder(tiny_model_folder, causal=True)
     with pytest.raises(InputError, match="an encoder's"):
         Decoder(shape(causal=False))
+    with pytest.raises(InputError, match="no global tokens in local layers"):
+        Decoder(shape(num_global_tokens=1))
     with pytest.raises(InputError, match="see no key"):
         shape(sliding_window=0)
     config = json.loads((folder / "config.json").read_text())
