@@ -10,7 +10,7 @@ from model.attention import prepare
 from model.batch import pack
 from model.patterns import QUERY_BLOCK, Pattern, first_tokens, visible
 
-GLOBAL = [Pattern(w, causal, g) for w in (0, 1, 8, 64) for causal in (False, True) for g in (1, 3, 40, 130)]
+GLOBAL = [Pattern(w, causal, g) for w, g in ((0, 1), (1, 40), (8, 3), (64, 1), (64, 130)) for causal in (False, True)]
 
 
 def test_visible_draws_the_mask() -> None:
@@ -34,12 +34,12 @@ def test_global_tokens_agree_with_reference(device: str, pattern: Pattern) -> No
 
 
 @given(
-    lengths=st.lists(st.one_of(st.sampled_from(BORDERS), st.integers(1, 160)), min_size=1, max_size=6).map(tuple),
+    lengths=st.lists(st.one_of(st.sampled_from(BORDERS), st.integers(1, 120)), min_size=1, max_size=5).map(tuple),
     window=st.integers(0, 90),
     num_global=st.integers(0, 100),
     causal=st.booleans(),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_global_tokens_agree_on_any_lengths(
     lengths: tuple[int, ...], window: int, num_global: int, causal: bool
 ) -> None:

@@ -62,20 +62,20 @@ def test_negative_scores_are_ordered() -> None:
 
 
 @devices
-@pytest.mark.parametrize("num_global", [0, 1, 20])
-@pytest.mark.parametrize("block_size, key_blocks", [(8, 4), (16, 3), (64, 2), (64, 3)])
+@pytest.mark.parametrize("num_global", [0, 20])
+@pytest.mark.parametrize("block_size, key_blocks", [(8, 4), (16, 3), (64, 2)])
 def test_selected_blocks_agree_with_reference(device: str, key_blocks: int, block_size: int, num_global: int) -> None:
     pattern = Pattern(num_global=num_global, key_blocks=key_blocks, block_size=block_size)
     assert_agrees("blocks", *random_inputs(LENGTHS, device), pattern)
 
 
 @given(
-    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=5).map(tuple),
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=4).map(tuple),
     key_blocks=st.integers(2, 8),
     block_size=st.sampled_from([1, 7, 16, 32]),
     num_global=st.integers(0, 1),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_selected_blocks_agree_on_any_lengths(
     lengths: tuple[int, ...], key_blocks: int, block_size: int, num_global: int
 ) -> None:
