@@ -274,7 +274,9 @@ def test_sentence_ordering_is_trained_beside(text_shards: Path, tmp_path: Path) 
     output = tmp_path / "run"
     pretrain(text_shards, output, "objective.ordering_weight=0.5", "stop_after=3")
     lines = read_lines(output / LINES)
-    assert all(0.4 < item["ordering_loss"] < 1.2 for item in lines)
+    losses = [item["ordering_loss"] for item in lines]
+    assert 0.5 < losses[0] < 0.9  # ln 2 is a guess; what follows is a handful of pairs at a high learning rate
+    assert all(0.2 < loss < 2.5 for loss in losses), losses
     with pytest.raises(InputError, match="sentence ordering was switched"):
         check(configuration(text_shards, output))
 
