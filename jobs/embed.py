@@ -34,6 +34,7 @@ from pipeline.dead import DeadLetters
 from pipeline.lease import Lease
 from pipeline.ledger import new_run, recorded
 from pipeline.probes import make_probes
+from pipeline.reuse import Former
 from pipeline.table import EmbeddingTable
 from pipeline.upkeep import clean_up, compact
 from pipeline.work import Limit
@@ -186,6 +187,7 @@ def embed_documents(
         workers=plan_workers(configuration, choose_device(configuration.compute.device)),
         commit_every_s=configuration.compute.commit_every_s,
         probes=probes.documents,
+        former=Former.of(table, corpus.plan.removals),
     )
     with Progress(corpus.plan.num_documents, corpus.plan.chars) as progress:
         return apply(
@@ -262,6 +264,7 @@ def make_report(corpus: Corpus, table: EmbeddingTable, applied: Applied, status:
         seconds=round(seconds, 3),
         tokens_per_s=round(applied.tokens / max(seconds, 1e-9), 1),
         left=applied.left,
+        reused=applied.reused,
         published=table.published_version(),
     )
 

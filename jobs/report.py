@@ -40,6 +40,8 @@ class EmbedReport:
     tokens_per_s: float
     left: int = 0
     """Documents that the run did not come to."""
+    reused: int = 0
+    """Vectors of unchanged chunks of changed documents: written, and not encoded."""
     published: int | None = None
     """The version that readers see."""
 
@@ -61,7 +63,8 @@ class EmbedReport:
         lines = [head, "", line("read", f"{self.read:,} documents")]
         lines += [line(name, f"{value:,}") for name in others if (value := getattr(self, name))]
         if self.embedded:
-            lines.append(line("vectors", f"{self.chunks:,}"))
+            again = f", {self.reused:,} of them as they were" if self.reused else ""
+            lines.append(line("vectors", f"{self.chunks:,}{again}"))
             lines.append(
                 line("tokens", f"{self.tokens:,} at {self.tokens_per_s:,.0f} a second, {self.padding:.1%} padding")
             )

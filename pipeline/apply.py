@@ -42,6 +42,8 @@ class Applied:
 
     documents: int = 0
     chunks: int = 0
+    reused: int = 0
+    """Those of them whose vectors needed no encoder."""
     tokens: int = 0
     truncated_tokens: int = 0
     padding_tokens: int = 0
@@ -170,6 +172,8 @@ def written_fragments(job: Job, plan: Plan) -> Generator[dict[str, Any]]:
     """The distributed part: yields a row for every fragment as soon as it is written, in any order."""
     import ray
 
+    if job.former:
+        job = replace(job, former=job.former.shared())
     workers = job.workers
     watch = start_watch(workers.actors)
     context = ray.data.DataContext.get_current().copy()
@@ -291,6 +295,6 @@ class Journal:
         done = self.applied
         done.commits += 1
         done.documents += len(ids)
-        for name in ("chunks", "tokens", "truncated_tokens", "padding_tokens", "encoder_s"):
+        for name in ("chunks", "reused", "tokens", "truncated_tokens", "padding_tokens", "encoder_s"):
             setattr(done, name, getattr(done, name) + sum(row[name] for row in rows))
         log.info("version %d: %d documents more", self.table.version, len(ids))

@@ -27,6 +27,7 @@ from model.errors import InputError
 from pipeline.chunks import WHOLE, ChunkingConfig, Windows, plan_windows
 from pipeline.packing import gather, look_ahead, plan_bins
 from pipeline.storage import local_model
+from pipeline.tokens import list_offsets, list_values
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class EmbedStage:
         """
         if not len(table):
             yield self._embed(table)
-        sizes = np.diff(_offsets(table["tokens"]))
+        sizes = np.diff(list_offsets(table["tokens"]))
         for part in look_ahead(sizes, self.look_ahead_tokens):
             yield self._embed(table.slice(part.start, part.stop - part.start))
 
@@ -181,7 +182,7 @@ class EmbedStage:
         sums_RD = np.zeros((rows, self.embedder.config.hidden_size), np.float32)
         weights_R = np.zeros(rows, np.float32)
         failed: dict[int, str] = {}
-        tokens = _values(table["tokens"])
+        tokens = list_values(table["tokens"])
         bins = plan_bins(layout.length_W, self.tokens_per_batch)
         for chosen in bins:
             self._forward(chosen, layout, table, tokens, sums_RD, weights_R, failed)
@@ -199,7 +200,7 @@ class EmbedStage:
         statistics = Statistics(
             documents=int(alive.sum()),
             vectors=len(vectors),
-            tokens=int((np.diff(_offsets(table["tokens"])) - table["num_prompt"].to_numpy())[alive].sum()),
+            tokens=int((np.diff(list_offsets(table["tokens"])) - table["num_prompt"].to_numpy())[alive].sum()),
             model_tokens=int(layout.length_W.sum()),
             truncated_tokens=int(table["truncated_tokens"].to_numpy()[alive].sum()),
             sequences=len(layout.length_W),
@@ -261,7 +262,7 @@ class EmbedStage:
     def _pack(self, chosen: np.ndarray, layout: Layout, table: pa.Table, tokens: np.ndarray) -> PackedBatch:
         """[CLS] prompt content [SEP] for each chosen window, end to end."""
         documents = layout.document_W[chosen]
-        prompt_start = _offsets(table["tokens"])[documents]
+        prompt_start = list_offsets(table["tokens"])[documents]
         prompt_end = prompt_start + table["num_prompt"].to_numpy()[documents]
         lengths = layout.length_W[chosen]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -282,9 +283,12 @@ class EmbedStage:
         def of_document(name: str) -> pa.ChunkedArray:
             return table[name].take(kept)
 
-        columns = {"document_id": of_document("document_id"), "chunk": pa.array(_values(table["row_chunk"])[good_R])}
+        columns = {
+            "document_id": of_document("document_id"),
+            "chunk": pa.array(list_values(table["row_chunk"])[good_R]),
+        }
         for name in ("char_start", "char_end", "token_start", "token_end"):
-            columns[name] = pa.array(_values(table[f"row_{name}"])[good_R])
+            columns[name] = pa.array(list_values(table[f"row_{name}"])[good_R])
         columns |= {"text_hash": of_document("text_hash"), "source": of_document("source")}
         columns["vector"] = vector_array(vectors, self.vector_type)
         columns |= {name: of_document(name) for name in table.column_names if name not in NOT_CARRIED}
@@ -311,10 +315,10 @@ def plan_layout(table: pa.Table, chunking: ChunkingConfig, pooling: str) -> Layo
     assert chunking.max_tokens is not None
     assert chunking.overlap_tokens is not None
     num_prompt_D = table["num_prompt"].to_numpy()
-    flat_start_D = _offsets(table["tokens"])[:-1] + num_prompt_D
-    length_D = np.diff(_offsets(table["tokens"])) - num_prompt_D
-    document_R = np.repeat(np.arange(len(table)), np.diff(_offsets(table["row_chunk"])))
-    chunk_R, low_R, high_R = (_values(table[f"row_{n}"]) for n in ("chunk", "token_start", "token_end"))
+    flat_start_D = list_offsets(table["tokens"])[:-1] + num_prompt_D
+    length_D = np.diff(list_offsets(table["tokens"])) - num_prompt_D
+    document_R = np.repeat(np.arange(len(table)), np.diff(list_offsets(table["row_chunk"])))
+    chunk_R, low_R, high_R = (list_values(table[f"row_{n}"]) for n in ("chunk", "token_start", "token_end"))
     if chunking.context == "none" and chunking.chunked:
         # Every row is a unit of its own, and all of it.
         document_U, low_U, high_U = document_R, low_R, high_R
@@ -382,18 +386,3 @@ def _dead(table: pa.Table, errors: list[str | None], failed: dict[int, str]) -> 
     columns = [table[name].take(pa.array(order, pa.int64())) for name in ("document_id", "text_hash", "source")]
     columns += [pa.array([rows[i][k] for i in order], pa.string()) for k in (0, 1)]
     return pa.table(columns, schema=DEAD_SCHEMA)
-
-
-def _combined(column: pa.ChunkedArray) -> pa.Array:
-    """One array, also for a table without rows."""
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-
-
-def _offsets(column: pa.ChunkedArray) -> np.ndarray:
-    """int64 offsets of a list column, counted from its own first value."""
-    offsets = _combined(column).offsets.to_numpy().astype(np.int64)
-    return offsets - offsets[0] if len(offsets) else np.zeros(1, np.int64)
-
-
-def _values(column: pa.ChunkedArray) -> np.ndarray:
-    return _combined(column).flatten().to_numpy()

@@ -37,16 +37,20 @@ fragment, and would let two that only add rows pass side by side."""
 RECIPE_KEY, FINGERPRINT_KEY, MODEL_KEY, RUN_KEY = (
     f"nightloom.{name}" for name in ("recipe", "fingerprint", "model", "run")
 )
+CHUNK_HASH = "chunk_hash"
 VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
 
 
-def table_schema(dim: int, vector_type: str, carried: Sequence[pa.Field] = ()) -> pa.Schema:
+def table_schema(
+    dim: int, vector_type: str, carried: Sequence[pa.Field] = (), *, chunk_hash: bool = False
+) -> pa.Schema:
     """Columns of a table with vectors of length `dim`, followed by the source columns that are carried along."""
     columns = [
         pa.field("document_id", pa.string(), nullable=False),
         pa.field("chunk", pa.int32(), nullable=False),
         *(pa.field(f"{unit}_{end}", pa.int64()) for unit in ("char", "token") for end in ("start", "end")),
         pa.field("text_hash", pa.binary(16), nullable=False),
+        *([pa.field(CHUNK_HASH, pa.binary(16))] if chunk_hash else []),
         pa.field("source", pa.string()),
         pa.field("run", pa.string(), nullable=False),
         pa.field("vector", pa.list_(VECTOR_TYPES[vector_type], dim), nullable=False),
@@ -121,7 +125,8 @@ class EmbeddingTable:
         """
         recipe = recipe.settled()
         metadata = {RECIPE_KEY: recipe.to_json(), FINGERPRINT_KEY: recipe.fingerprint(), MODEL_KEY: model}
-        schema = table_schema(recipe.dim, recipe.vector_type, carried).with_metadata(metadata)
+        alone = recipe.context == "none"  # a chunk's vector is a function of its own tokens: `pipeline.reuse`
+        schema = table_schema(recipe.dim, recipe.vector_type, carried, chunk_hash=alone).with_metadata(metadata)
         options = storage.lance_options(uri)
         try:
             dataset = lance.write_dataset(
@@ -389,11 +394,7 @@ def holds_files(uri: str) -> bool:
     return any(entry.base_name.endswith(".manifest") for entry in versions)
 
 
-def first_line_of(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else ""
-
-
 def reason(error: Exception) -> str:
     """A library's message without the places in its source that Lance appends."""
-    words = [part for part in first_line_of(str(error)).split(", ") if ".rs:" not in part]
+    words = [part for part in str(error).strip().partition("\n")[0].split(", ") if ".rs:" not in part]
     return ", ".join(words) or type(error).__name__

@@ -146,3 +146,19 @@ def list_array(parts: Sequence[np.ndarray], value_type: pa.DataType) -> pa.Array
     return pa.ListArray.from_arrays(
         pa.array(ends.astype(np.int32)), pa.array(values.astype(value_type.to_pandas_dtype()))
     )
+
+
+def combined(column: pa.ChunkedArray) -> pa.Array:
+    """One array, also for a table without rows."""
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def list_offsets(column: pa.ChunkedArray) -> np.ndarray:
+    """int64 offsets of a list column, counted from its own first value."""
+    offsets = combined(column).offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0] if len(offsets) else np.zeros(1, np.int64)
+
+
+def list_values(column: pa.ChunkedArray) -> np.ndarray:
+    """The values of a list column, end to end."""
+    return combined(column).flatten().to_numpy()

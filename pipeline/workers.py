@@ -21,6 +21,7 @@ from pipeline.columns import DocumentColumns
 from pipeline.keys import hash_ids
 from pipeline.probes import to_bytes
 from pipeline.quarantine import MOST_DEATHS_ALONE, QUARANTINED, Guard
+from pipeline.reuse import FOUND, HASHES, Former, put_back, take_found
 from pipeline.table import write_fragment
 from pipeline.tokens import TokenizeStage
 from pipeline.work import POSITION, read_work
@@ -90,6 +91,8 @@ class Job:
     """Longest time that a written fragment waits for its commit."""
     probes: pa.Table | None = None
     """Documents that every worker embeds before its first table; their vectors come back with it."""
+    former: Former | None = None
+    """Where chunks of changed documents may be found again; None: all are encoded."""
     tokenizer: Callable[["Job"], Callable[[pa.Table], pa.Table]] = tokenizer_of
     """Makes the stage that tokenizes, in a task."""
     encoder: Callable[["Job"], Any] = encoder_of
@@ -102,7 +105,7 @@ def read_and_tokenize(items: pa.Table, *, job: Job, watch: Any) -> Iterator[pa.T
     for documents in read_work(items, job.columns, job.workers.block_chars):
         tokens = pa.concat_tables(guard.run(documents, stage, lambda one: stage(without_text(one))))
         guard.end(documents)
-        yield tokens
+        yield take_found(tokens, job.former) if job.former else tokens
 
 
 def without_text(documents: pa.Table) -> pa.Table:
@@ -141,11 +144,15 @@ class EmbedAndWrite:
             given_up.append(table)
             return embed(table.slice(0, 0))
 
-        parts = [part for found in self.guard.run(tokens, embed, give_up) for part in found]
+        encoded = tokens.drop_columns([name for name in (HASHES, FOUND) if name in tokens.column_names])
+        parts = [part for found in self.guard.run(encoded, embed, give_up) for part in found]
         rows = pa.concat_tables([part.rows for part in parts])
         dead = [letter(row) for part in parts for row in part.dead.to_pylist()]
         quarantined = {"stage": "quarantine", "error": QUARANTINED}
         dead += [letter({**row, **quarantined}) for table in given_up for row in table.select(NAMES).to_pylist()]
+        reused = 0
+        if self.job.former:
+            rows, reused = put_back(rows, tokens, [row["document_id"] for row in dead])
         statistics = [part.statistics for part in parts]
         probes, self.probes = self.probes, b""
         written = {
@@ -155,6 +162,7 @@ class EmbedAndWrite:
             "dead": json.dumps(dead),
             "probes": probes,
             "chunks": len(rows),
+            "reused": reused,
             "chars": pc.sum(tokens["num_chars"]).as_py() or 0,
             "tokens": sum(s.model_tokens for s in statistics),
             "padding_tokens": sum(s.padding_tokens for s in statistics),

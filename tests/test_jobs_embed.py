@@ -16,6 +16,7 @@ import pytest
 from jobs.configuration import EmbedConfiguration, load
 from jobs.embed import run_embed
 from jobs.history import run_rollback, run_versions
+from jobs.migrate import run_migrate
 from model.errors import InputError
 from pipeline.lease import holder
 from pipeline.ledger import past_throughput, read_records
@@ -104,6 +105,38 @@ def test_nights(tmp_path, tiny_model_folder):
     assert [(row["source"], row["stage"]) for row in records[0]["dead"]] == [(str(source / "again.jsonl"), "read")]
     runs = set(lance.dataset(str(table)).to_table(columns=["run"])["run"].to_pylist())
     assert runs == {records[0]["run"], records[2]["run"]}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_chunks_that_stay_keep_their_vectors(tmp_path, tiny_model_folder):
+    source, table, fresh = tmp_path / "corpus", tmp_path / "table.lance", tmp_path / "fresh.lance"
+    write_corpus(source, 6)
+    paragraphs = [text_of(100 + number, 24) + "\n\n" for number in range(20)]
+    (source / "long.txt").write_text("".join(paragraphs))
+    chunked = ("chunking.granularity=both", 'chunking.context="none"', "chunking.chunk_tokens=110")
+    first = run_embed(configured(source, table, tiny_model_folder, *chunked))
+    assert first.reused == 0
+    paragraphs[9] = paragraphs[9].replace("Document", "Another document")
+    (source / "long.txt").write_text("".join(paragraphs))
+    second = run_embed(configured(source, table, tiny_model_folder, *chunked))
+    assert (second.status, second.embedded, second.unchanged) == ("published", 1, 6)
+    assert second.reused >= 8
+    assert second.chunks - second.reused <= 4  # that of the document, and of chunks until the cuts are in step again
+    assert f"{second.reused} of them as they were" in second.summary()
+    assert read_records(str(table))[-1]["report"]["reused"] == second.reused
+    run_embed(configured(source, fresh, tiny_model_folder, *chunked))
+    assert_same(vectors(table), vectors(fresh))
+    names = ["document_id", "chunk", "char_start", "char_end", "token_start", "token_end", "text_hash", "chunk_hash"]
+    left, right = (
+        lance.dataset(str(uri)).to_table(columns=names).sort_by([("document_id", "ascending"), ("chunk", "ascending")])
+        for uri in (table, fresh)
+    )
+    assert left.equals(right)
+
+    paragraphs[3] = paragraphs[3].replace("Document", "Another document")
+    (source / "long.txt").write_text("".join(paragraphs))
+    other = run_migrate(configured(source, table, tiny_model_folder, *chunked, "chunking.overlap_tokens=1"))
+    assert (other.status, other.embedded, other.reused) == ("published", 7, 0)
 
 
 @pytest.mark.usefixtures("ray_session")

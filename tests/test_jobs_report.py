@@ -26,6 +26,8 @@ REPORT = EmbedReport(
     padding=0.0,
     seconds=2.5,
     tokens_per_s=4938.0,
+    reused=2,
+    published=3,
 )
 
 
@@ -34,7 +36,7 @@ def test_report_is_one_json_line_with_the_agreed_keys():
     assert list(json.loads(REPORT.to_json())) == list(REPORT_KEYS)
     assert ", ".join(REPORT_KEYS) == (
         "job, status, table, version, fingerprint, read, embedded, unchanged, empty, duplicate, dead, deleted, chunks, "
-        "tokens, truncated_tokens, padding, seconds, tokens_per_s"
+        "tokens, truncated_tokens, padding, seconds, tokens_per_s, left, reused, published"
     )
 
 
@@ -47,6 +49,7 @@ def test_every_document_must_be_accounted_for(name):
 def test_summary_leads_with_the_outcome():
     assert REPORT.summary().splitlines()[0] == "5 documents embedded into t, published as version 3."
     assert "12,345" in REPORT.summary()
+    assert "7, 2 of them as they were" in REPORT.summary()
     assert "truncated" not in REPORT.summary()
     quiet = replace(REPORT, status="unchanged", read=2, embedded=0, empty=0, duplicate=0, dead=0, deleted=0)
     assert quiet.summary().startswith("Nothing to embed: all 2 documents stand in t as they are.")
