@@ -21,6 +21,11 @@ def as_names(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def none_as_word(value: Any) -> Any:
+    """For a setting of which `none` is a choice: elsewhere `--set key=none` takes a value away."""
+    return "none" if value is None else value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 
 
@@ -50,7 +55,7 @@ class ChunkingSettings(Settings):
     """One vector for a document, one for each of its chunks, or both."""
     chunk_tokens: int = Field(default=256, gt=0)
     """About how long a chunk is, in tokens; it ends with a sentence where it can."""
-    context: Literal["late", "none"] = "late"
+    context: Annotated[Literal["late", "none"], BeforeValidator(none_as_word)] = "late"
     """late: a chunk is pooled after the whole window went through the encoder; none: it is embedded alone."""
     overlap_tokens: int | None = Field(default=None, ge=0)
     """Tokens that neighbouring windows of a long document share; by default an eighth of `max_tokens`."""

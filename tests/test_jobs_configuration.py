@@ -39,6 +39,7 @@ def test_later_wins(toml):
     [
         ("vectors.normalize=true", True),
         ("vectors.normalize=none", None),
+        ("chunking.context=none", "none"),
         ("compute.commit_every_s=5", 5.0),
         ("columns.text=['a', 'b']", ("a", "b")),
         ("columns.text=body", ("body",)),
