@@ -94,6 +94,7 @@ def attempts(table: Path) -> dict[str, tuple[str, int]]:
     return {row["document_id"]: (row["stage"], row["attempts"]) for row in run_dead(str(table)).dead}
 
 
+@pytest.mark.slow
 def test_nights_of_documents_that_fail(tmp_path, tiny_model_folder, ray_session, monkeypatch):
     from ray import cloudpickle
 

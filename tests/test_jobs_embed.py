@@ -139,6 +139,7 @@ def test_chunks_that_stay_keep_their_vectors(tmp_path, tiny_model_folder):
     assert (other.status, other.embedded, other.reused) == ("published", 7, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_night_after_a_rollback(tmp_path, tiny_model_folder, caplog):
     source, table = tmp_path / "corpus", str(tmp_path / "table.lance")

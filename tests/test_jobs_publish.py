@@ -147,6 +147,7 @@ def test_a_worker_that_computes_something_else_commits_nothing(tmp_path, tiny_mo
     assert len(list((table / FOLDER).glob("*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_collapsed_vectors_wait_for_someone_to_decide(tmp_path, tiny_model_folder, with_encoder):
     source, table = tmp_path / "corpus.jsonl", tmp_path / "table.lance"
     lines = [json.dumps({"id": f"d{i}", "text": f"text {i}"}) + "\n" for i in range(150)]
@@ -164,6 +165,7 @@ def test_collapsed_vectors_wait_for_someone_to_decide(tmp_path, tiny_model_folde
     assert len(np.unique(np.stack(list(vectors(table).values())), axis=0)) == 4
 
 
+@pytest.mark.slow
 def test_what_was_refused_can_be_thrown_away(tmp_path, tiny_model_folder, with_encoder):
     """The way back that docs/operations.md names."""
     source, table = tmp_path / "corpus.jsonl", tmp_path / "table.lance"
@@ -180,6 +182,7 @@ def test_what_was_refused_can_be_thrown_away(tmp_path, tiny_model_folder, with_e
     assert len(np.unique(np.stack(list(vectors(table).values())), axis=0)) == 150
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_too_many_dead_are_not_published(tmp_path, tiny_model_folder):
     source, table = tmp_path / "corpus", tmp_path / "table.lance"

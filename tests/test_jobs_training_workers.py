@@ -61,6 +61,7 @@ def same_learning(output: Path, whole: list[dict[str, Any]]) -> list[int]:
     return [item["workers"] for item in lines]
 
 
+@pytest.mark.slow
 def test_two_one_two(on_one_worker: list[dict[str, Any]], text_shards: Path, tmp_path: Path) -> None:
     """Two with whole weights, one, and two with split weights, which write the model. Some steps have a single bin."""
     output = tmp_path / "run"
