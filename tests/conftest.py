@@ -98,6 +98,11 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_f
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Faults come last: they end the session's Ray for clusters of their own, and every later test would start one."""
+    items.sort(key=lambda item: item.path.name.startswith("test_faults"))
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray for all tests that need one; starting it takes seconds."""
