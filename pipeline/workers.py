@@ -154,13 +154,12 @@ class EmbedAndWrite:
         if self.job.former:
             rows, reused = put_back(rows, tokens, [row["document_id"] for row in dead])
         statistics = [part.statistics for part in parts]
-        probes, self.probes = self.probes, b""
         written = {
             "fragment": write_fragment(self.job.uri, rows, self.job.run) if len(rows) else "",
             "ids": np.unique(hash_ids(rows["document_id"].unique())).tobytes(),
             "positions": np.unique(rows[POSITION].to_numpy()).tobytes(),
             "dead": json.dumps(dead),
-            "probes": probes,
+            "probes": self.probes,  # with every output: which of them arrives first is not known
             "chunks": len(rows),
             "reused": reused,
             "chars": pc.sum(tokens["num_chars"]).as_py() or 0,
