@@ -55,6 +55,7 @@ SMALL = {
     "model/pooling.py": "one operation that three stages share",
     "model/rotary.py": "one table of angles",
     "pipeline/keys.py": "the keys that survey, table and dead letters share",
+    "jobs/model_commands.py": "the parsers of one family of commands",
     "cluster/session.py": "one function until a cluster is more than a session",
 }
 """Files under MIN_LINES, and why they are a subject of their own."""

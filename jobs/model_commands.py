@@ -1,0 +1,58 @@
+"""The commands of `nightloom` that make and try models: prepare, pretrain, generate."""
+
+import argparse
+from functools import partial
+
+from jobs.commands import Commands, Report, add_command, add_settings
+
+
+def add_model_commands(commands: Commands) -> None:
+    """prepare, pretrain, generate."""
+    prepare = add_command(commands, "prepare", "turn a corpus into token shards to train on")
+    prepare.add_argument("source", metavar="SOURCE", help="as for embed")
+    prepare.add_argument("tokens", metavar="TOKENS", help="folder or s3:// prefix of the token shards")
+    prepare.add_argument("--tokenizer", metavar="FOLDER", help="folder with tokenizer.json")
+    prepare.add_argument("--train-tokenizer", metavar="SIZE", type=int, help="train a tokenizer of so many entries")
+    add_settings(prepare, "jobs.configuration:PrepareConfiguration")
+    prepare.set_defaults(run=run_prepare)
+    pretrain = add_command(commands, "pretrain", "train an encoder on token shards, or go on with training")
+    add_settings(pretrain, "jobs.phases:PretrainConfiguration", file="config")
+    pretrain.set_defaults(run=run_pretrain)
+    generate = add_command(commands, "generate", "go on from a prompt with a decoder; the text appears as it comes")
+    generate.add_argument("model", metavar="MODEL", help="model folder (s3:// too) or hub id of a decoder")
+    generate.add_argument("prompt", metavar="PROMPT", help="the beginning of a text, in quotes")
+    for name, kind, default, meaning in (
+        ("max-new-tokens", int, 128, "how many at most"),
+        ("temperature", float, 0.0, "what logits are divided by; 0 takes the likeliest token"),
+        ("top-k", int, 0, "choose among so many of the likeliest; 0 for all"),
+        ("top-p", float, 1.0, "choose among the likeliest that together reach this share"),
+        ("seed", int, 0, "the same seed gives the same text"),
+    ):
+        generate.add_argument(
+            f"--{name}", metavar="N", type=kind, default=default, help=f"{meaning} (default: {default})"
+        )
+    generate.set_defaults(run=run_generate)
+
+
+def run_prepare(options: argparse.Namespace) -> Report:
+    from jobs.configuration import PrepareConfiguration, load
+    from jobs.prepare import run_prepare
+
+    named = {name: getattr(options, name) for name in ("source", "tokens", "tokenizer", "train_tokenizer")}
+    return run_prepare(load(PrepareConfiguration, file=options.config, sets=options.set, given=named))
+
+
+def run_pretrain(options: argparse.Namespace) -> Report:
+    from jobs.configuration import load
+    from jobs.phases import PretrainConfiguration
+    from jobs.pretrain import run_pretrain
+
+    return run_pretrain(load(PretrainConfiguration, file=options.config, sets=options.set, given={}))
+
+
+def run_generate(options: argparse.Namespace) -> Report:
+    from jobs.generate import run_generate
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    show = None if options.json else partial(print, end="", flush=True)
+    return run_generate(options.model, options.prompt, show=show, **{name: getattr(options, name) for name in names})
