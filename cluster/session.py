@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.checkout import EVERYWHERE, LEFT_OUT
+
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,11 +24,14 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TQDM": "0",
 }
+ADDRESS = "NIGHTLOOM_ADDRESS"
+"""The variable that names the cluster where a command's settings name none: submitted jobs have it, and machines of a
+cluster may."""
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray's variable that tells a submitted job of its runtime environment; a second one would be refused."""
 SPARE_CPUS = 2
 """Logical CPUs that Ray Data needs free beside embedding actors; with fewer it has hung."""
 ATTEMPTS = 3
-LEFT_OUT = [".git", ".venv", "build", "corpus", "benchmarks", "docs", "tests", "models", "**/__pycache__"]
-"""Parts of the checkout that workers of a cluster do not need."""
 
 
 def physical_cores() -> int:
@@ -44,12 +49,18 @@ def local_cpus(actors: int = 1) -> int:
     return max(4, len(os.sched_getaffinity(0)), actors + SPARE_CPUS)
 
 
+def cluster_address(address: str | None) -> str | None:
+    """The cluster that the settings name, or else the environment; None for a local session."""
+    return address or os.environ.get(ADDRESS) or None
+
+
 @contextmanager
 def session(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
     """Be connected to Ray within the block, quietly; nothing happens where a session exists already.
 
     Args:
-        address: a running cluster ("auto" for this machine's own); None starts a local one and ends it after the block.
+        address: a running cluster ("auto" for this machine's own); None: what $NIGHTLOOM_ADDRESS says, or a local one
+            that ends after the block.
         num_cpus: logical CPUs of a local one.
 
     Raises:
@@ -63,16 +74,14 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Itera
     if ray.is_initialized():
         yield
         return
-    options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    address = cluster_address(address)
+    options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        options |= {"address": "local", "num_cpus": num_cpus or local_cpus()}
+        options |= {"address": "local", "num_cpus": num_cpus or local_cpus(), "include_dashboard": False}
     else:
-        options = {
-            "address": address,
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-            "runtime_env": {"working_dir": str(ROOT), "excludes": LEFT_OUT},
-        }
+        options["address"] = address
+        if IN_A_JOB not in os.environ and (ROOT / "pyproject.toml").exists():
+            options["runtime_env"] = {"working_dir": str(ROOT), "excludes": [*LEFT_OUT, *EVERYWHERE, "models"]}
     start(options)
     try:
         yield

@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
+from jobs.cluster_commands import add_cluster_commands
 from jobs.commands import Parser, add_table_commands
+from jobs.follow import REPORTING, VERSIONS, Ended, mark
 from jobs.model_commands import add_model_commands
 from model.errors import InputError
 
@@ -26,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     add_table_commands(commands)
     add_model_commands(commands)
+    add_cluster_commands(commands)
     return parser
 
 
@@ -37,11 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verbose = options.verbose
         with nullcontext() if verbose else native_messages_hidden():
             set_up_messages(verbose)
+            if pins := os.environ.pop(VERSIONS, ""):
+                from jobs.submit import check_versions
+
+                check_versions(pins)
             report = options.run(options)
     except KeyboardInterrupt:
         return complain("interrupted; what was committed stays, run again to go on", INTERRUPTED)
     except BrokenPipeError:
         return FAULT
+    except Ended as end:
+        return complain(str(end), end.status)
     except Exception as error:  # the last place that can turn it into a line and a status
         if wrong := find_input_error(error):
             return complain(str(wrong), WRONG_INPUT)
@@ -50,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         lines = str(error).strip().splitlines() or [""]
         return complain(f"{type(error).__name__}: {lines[-1]} (-v shows where)", FAULT)
-    print(report.to_json() if options.json else report.summary(), flush=True)
+    shown = report.to_json() if options.json else report.summary()
+    print(mark(report) if os.environ.get(REPORTING) else shown, flush=True)
     return UNPUBLISHED if report.status == "unpublished" else DONE
 
 

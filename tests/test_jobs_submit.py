@@ -1,0 +1,152 @@
+"""A command as a job on a real cluster of two machines, through the job server's HTTP address, from a clean folder."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+
+import pytest
+from clusters import Machines
+
+from cluster.checkout import list_files
+from jobs.commands import ROOT
+from jobs.submit import (
+    Command,
+    check_versions,
+    job_name,
+    pinned_requirements,
+    pinned_versions,
+    read_command,
+    read_variables,
+)
+from model.errors import InputError
+
+FILES = list_files(ROOT)
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    two = Machines({"num_cpus": 1}, {"num_cpus": 3})
+    yield two
+    two.stop()
+
+
+@pytest.fixture
+def run(machines, tmp_path):
+    """Runs `nightloom` in an empty folder; what is imported is the checkout that this test is part of."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | {"RAY_API_SERVER_ADDRESS": machines.url, "PYTHONPATH": str(ROOT)} | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+def refuse(words: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=says) as refused:
+        read_command(words, FILES)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_job_embeds_and_its_log_report_and_status_come_back(run, tmp_path, tiny_model_folder):
+    (tmp_path / "source").mkdir()
+    for number in range(3):
+        (tmp_path / "source" / f"{number}.txt").write_text(f"Text {number}. A night is long.")
+    table = tmp_path / "table.lance"
+    (tmp_path / "run.toml").write_text("[vectors]\ndtype = 'float32'\n")
+    embed = ("embed", tmp_path / "source", table, "--model", tiny_model_folder, "--config", "run.toml", "--json")
+    done = run("submit", "--", *embed)
+    assert done.returncode == 0, done.stderr
+    assert '"embedded": 3' in done.stdout
+    assert "Running entrypoint for job embed-table-" in done.stderr
+    assert (table / "_runs").exists()
+    # The same night again is a job of its own, which finds nothing to do; what is wrong comes back as status 2.
+    again = run("submit", "--", *embed[:-1])
+    assert "Nothing to embed" in again.stdout, again.stderr
+    wrong = run("submit", "--", "embed", tmp_path / "nothing", table)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "does not exist" in wrong.stderr
+    listed = run("jobs").stdout.splitlines()
+    assert [line.split()[1] for line in listed] == ["succeeded", "succeeded", "failed"]
+    assert [line.split()[0].rpartition("-")[2] for line in listed][1:] == ["2", "3"]
+
+
+def test_words_are_read_by_the_parser_that_the_job_will_use(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuse([], "needs a command")
+    refuse(["embed"], "required: SOURCE, TABLE")
+    refuse(["submit", "--", "embed"], "for this machine")
+    refuse(["embed", "s3://a/b", "here.lance"], "table 'here.lance' is a path on this machine")
+    refuse(["embed", "corpus", "s3://a/t"], "source 'corpus' is a path on this machine")
+    refuse(["embed", "../../etc", "s3://a/t"], "source '../../etc' is a path on this machine")
+    refuse(["embed", "s3://a/b", "s3://a/t", "--config", "none.toml"], "no configuration file none.toml")
+    (tmp_path / "train.toml").write_text('tokens = "s3://a/shards"\noutput = "s3://a/run"\n')
+    command = read_command(["pretrain", "train.toml", "--set", "output=s3://b/other"], FILES)
+    assert command.words == ["pretrain", "submitted/train.toml", "--set", "output=s3://b/other"]
+    assert command.place == "s3://b/other"
+    assert set(command.files) == {"submitted/train.toml"}
+    (tmp_path / "train.toml").write_text('tokens = "shards"\noutput = "s3://a/run"\n')
+    refuse(["pretrain", "train.toml"], "tokens 'shards' is a path on this machine")
+
+
+def test_what_is_in_the_checkout_goes_by_its_place_in_it(monkeypatch):
+    monkeypatch.chdir(ROOT / "models")
+    command = read_command(["embed", "s3://a/b", "s3://a/t", "--model=nightloom-small"], FILES)
+    assert command.words[-1] == "--model=models/nightloom-small"
+    assert read_command(["embed", "s3://a/b", "s3://a/t", "--model", "some/hub-id"], FILES).words[-1] == "some/hub-id"
+
+
+def test_a_name_says_what_and_which_night():
+    name = job_name(Command([], "embed", "s3://tables/my corpus.lance"), datetime(2026, 11, 28, 2, 0))
+    assert name.startswith("embed-my-corpus-")
+    assert name.endswith("-2026-11-27")
+    assert name == job_name(Command([], "embed", "s3://tables/my corpus.lance"), datetime(2026, 11, 27, 23, 0))
+    assert name != job_name(Command([], "embed", "s3://tables/my corpus.lance"), datetime(2026, 11, 28, 13, 0))
+    assert name != job_name(Command([], "embed", "s3://other/my corpus.lance"), datetime(2026, 11, 28, 2, 0))
+    assert job_name(Command(["runs"], "runs"), datetime(2026, 11, 28, 2, 0)).startswith("runs-")
+
+
+def test_variables_hold_no_secrets():
+    assert read_variables(["AWS_REGION=eu-west-1", "A=b=c"]) == {"AWS_REGION": "eu-west-1", "A": "b=c"}
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "my_password", "AWS_ACCESS_KEY_ID"):
+        with pytest.raises(InputError, match="the dashboard shows") as refused:
+            read_variables([f"{name}=geheim"])
+        assert "geheim" not in str(refused.value)
+    with pytest.raises(InputError, match="write --env NAME=VALUE"):
+        read_variables(["NAME"])
+
+
+def test_the_versions_of_the_checkout_are_pinned():
+    pins = pinned_versions()
+    assert {"torch", "ray", "pyarrow", "pylance"} <= set(pins)
+    assert "pytest" not in pins
+    assert f"ray[data,train]=={pins['ray']}" in pinned_requirements(pins)
+    check_versions(f"ray=={pins['ray']} torch=={pins['torch']}")
+    with pytest.raises(InputError, match=r"pyarrow [\d.]+ for 1\.0, nothing-of-the-kind none for 2"):
+        check_versions(f"ray=={pins['ray']} pyarrow==1.0 nothing-of-the-kind==2")
+
+
+def test_a_checkout_that_is_too_large_is_refused_before_anything_is_sent(run, tmp_path, monkeypatch):
+    """In a copy of the checkout, because this one stays as it is."""
+    import shutil
+
+    for file in FILES:
+        if not file.parts[0].startswith("models"):
+            (tmp_path / "copy" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, tmp_path / "copy" / file)
+    with (tmp_path / "copy" / "ballast.bin").open("wb") as ballast:
+        ballast.truncate(300_000_000)
+    words = ("submit", "--", "runs", "s3://a/t")
+    refused = run(*words, PYTHONPATH=str(tmp_path / "copy"), RAY_API_SERVER_ADDRESS="http://127.0.0.1:1")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "ballast.bin 300 MB" in refused.stderr
+    sent = run("submit", "--exclude", "ballast.bin", *words[1:], PYTHONPATH=str(tmp_path / "copy"))
+    assert "ballast" not in sent.stderr
