@@ -20,6 +20,9 @@ from model.errors import InputError
 
 DONE, FAULT, WRONG_INPUT, UNPUBLISHED, INTERRUPTED = 0, 1, 2, 3, 130
 
+STATUS = {"failed": FAULT, "refused": WRONG_INPUT, "unpublished": UNPUBLISHED}
+"""What reports that do not mean success end with."""
+
 log = logging.getLogger(__name__)
 
 
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain(f"{type(error).__name__}: {lines[-1]} (-v shows where)", FAULT)
     shown = report.to_json() if options.json else report.summary()
     print(mark(report) if os.environ.get(REPORTING) else shown, flush=True)
-    return UNPUBLISHED if report.status == "unpublished" else DONE
+    return STATUS.get(report.status, DONE)
 
 
 @contextmanager
@@ -90,7 +93,7 @@ def find_input_error(error: BaseException | None) -> InputError | None:
     queue = [error]
     while queue:
         current = queue.pop(0)
-        if isinstance(current, InputError) and type(current) is InputError:
+        if isinstance(current, InputError) and getattr(current, "cause", None) is None:
             return current
         if current is not None and id(current) not in seen:
             seen.add(id(current))

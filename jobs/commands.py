@@ -79,7 +79,7 @@ def default_model() -> str:
 
 
 def add_table_commands(commands: Commands) -> None:
-    """embed, plan, search, export; runs, versions, rollback, dead."""
+    """embed, plan, search, export; runs, versions, rollback, dead, report; nightly."""
     embed = add_command(
         commands,
         "embed",
@@ -139,6 +139,13 @@ def add_table_commands(commands: Commands) -> None:
     dead = add_command(commands, "dead", "list the documents that could not be embedded")
     dead.add_argument("table", metavar="TABLE")
     dead.set_defaults(run=run_dead)
+    report = add_command(commands, "report", "write a page for people about a table: its nights, its vectors")
+    report.add_argument("table", metavar="TABLE")
+    report.add_argument("out", metavar="OUT.html", nargs="?", help="local or s3:// (default: beside the table)")
+    report.set_defaults(run=run_report)
+    nightly = add_command(commands, "nightly", "bring tables up to date, from a scheduler: safe to start at any time")
+    add_settings(nightly, "jobs.nightly:NightlyConfiguration", file="config")
+    nightly.set_defaults(run=run_nightly)
 
 
 def run_embed(options: argparse.Namespace) -> Report:
@@ -207,3 +214,16 @@ def run_dead(options: argparse.Namespace) -> Report:
     from jobs.dead import run_dead
 
     return run_dead(options.table)
+
+
+def run_report(options: argparse.Namespace) -> Report:
+    from jobs.page import run_report
+
+    return run_report(options.table, options.out)
+
+
+def run_nightly(options: argparse.Namespace) -> Report:
+    from jobs.configuration import load
+    from jobs.nightly import NightlyConfiguration, run_nightly
+
+    return run_nightly(load(NightlyConfiguration, file=options.config, sets=options.set, given={}))

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from cluster.metrics import RayMeter, is_collected
 from cluster.session import SPARE_CPUS, local_cpus, physical_cores, session
 from jobs.configuration import EmbedConfiguration
 from jobs.plan import (
@@ -32,7 +33,8 @@ from pipeline import storage
 from pipeline.apply import Applied, apply
 from pipeline.dead import DeadLetters
 from pipeline.lease import Lease
-from pipeline.ledger import new_run, recorded
+from pipeline.ledger import RUNS_OF_THROUGHPUT, new_run, read_records, recorded, tokens_per
+from pipeline.measures import Silent, shown_lengths
 from pipeline.probes import make_probes
 from pipeline.reuse import Former
 from pipeline.table import EmbeddingTable
@@ -50,20 +52,26 @@ MOST_DEAD_KEPT = 1000
 """Dead documents that the record of a run lists, with their reasons; all of them are counted."""
 
 
-def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
+def run_embed(
+    configuration: EmbedConfiguration, *, job: str = "embed", run: str | None = None, begun: datetime | None = None
+) -> EmbedReport:
     """Bring a table up to date with a source, and publish it.
+
+    Args:
+        job, run: how the ledger names what happens.
+        begun: the deadline is the first one after it; by default after now.
 
     Raises:
         InputError: the source, the model, the table or the configuration is wrong, or another run is writing.
     """
-    limit = limit_of(configuration)
+    limit = limit_of(configuration, begun)
     files = list_corpus(configuration)
     model = read_model(configuration)
     table = open_table(configuration, model)  # refuses before anything is written
-    run, settings = new_run(), configuration.model_dump(mode="json")
+    run, settings = run or new_run(), configuration.model_dump(mode="json")
     with (
         Lease.take(configuration.table, run) as lease,
-        recorded(configuration.table, run, "embed", configuration=settings) as entry,
+        recorded(configuration.table, run, job, configuration=settings) as entry,
         Session(configuration) as ray_session,
     ):
         table = own_table(configuration, model, table, lease)
@@ -80,7 +88,7 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
             table.lease = lease
         before, seen_before = table.version, table.published_version()
         entry.set(recipe=asdict(table.recipe), fingerprint=table.fingerprint)
-        entry.set(version_before=before, published_before=seen_before)
+        entry.set(version_before=before, published_before=seen_before, planned=foresee(corpus))
 
         began = time.monotonic()
         applied = embed_documents(configuration, model, corpus, table, run, limit)
@@ -100,6 +108,10 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
             published=table.published_version(),
             tokens=applied.tokens,
             encoder_s=round(applied.encoder_s, 3),
+            chars=applied.chars,
+            wasted_tokens=applied.wasted_tokens,
+            lengths=shown_lengths(applied.lengths),
+            timeline=applied.timeline.shown(),
             commits=applied.commits,
             dead=[*corpus.plan.dead, *(letter.shown() for letter in applied.dead.values())][:MOST_DEAD_KEPT],
         )
@@ -108,6 +120,20 @@ def run_embed(configuration: EmbedConfiguration) -> EmbedReport:
         if table.version != before or lease.crashed:
             tidy(table, configuration.keep_versions)
     return report
+
+
+def foresee(corpus: Corpus) -> dict[str, Any]:
+    """What a run is about to do: counts out of the survey, tokens and seconds as past runs of the table had them."""
+    plan = corpus.plan
+    counts = {name: plan.counts[name] for name in ("new", "changed")}
+    planned: dict[str, Any] = {"documents": plan.num_documents, "chars": plan.chars, "deleted": len(plan.deleted)}
+    planned |= {**counts, "tokens": None, "seconds": None}
+    records = read_records(corpus.table.uri, last=RUNS_OF_THROUGHPUT) if corpus.table and plan.work else []
+    if density := tokens_per(records, "chars"):
+        planned["tokens"] = round(density * plan.chars)
+        if speed := tokens_per(records, "embedding_s"):
+            planned["seconds"] = round(density * plan.chars / speed, 1)
+    return planned
 
 
 def own_table(
@@ -188,6 +214,7 @@ def embed_documents(
         commit_every_s=configuration.compute.commit_every_s,
         probes=probes.documents,
         former=Former.of(table, corpus.plan.removals),
+        meter=RayMeter if is_collected(configuration.compute.address) else Silent,
     )
     with Progress(corpus.plan.num_documents, corpus.plan.chars) as progress:
         return apply(

@@ -21,6 +21,8 @@ from pipeline.table import EmbeddingTable
 DONE = "done"
 SHOWN_RUNS = 20
 """Runs that are listed unless more are asked for."""
+LONG = ("dead", "lengths", "timeline")
+"""Parts of a record that make long lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class RunsReport:
     status: str
     table: str
     runs: list[dict[str, Any]]
-    """The records, without their dead documents."""
+    """The records, without what is LONG of them."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -68,7 +70,7 @@ def run_runs(table: str, *, last: int = SHOWN_RUNS) -> RunsReport:
     records = read_records(table, last=last)
     if not records:
         EmbeddingTable.open(table)
-    kept = [{name: value for name, value in record.items() if name != "dead"} for record in records]
+    kept = [{name: value for name, value in record.items() if name not in LONG} for record in records]
     return RunsReport("runs", DONE, table, kept)
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from typing import Any
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
@@ -27,8 +28,11 @@ from pipeline.table import NEXT, EmbeddingTable
 log = logging.getLogger(__name__)
 
 
-def run_migrate(configuration: EmbedConfiguration) -> EmbedReport:
+def run_migrate(configuration: EmbedConfiguration, **how: Any) -> EmbedReport:
     """Go on with a migration; once all is embedded, let readers see it. Where there is nothing to migrate, embed.
+
+    Args:
+        how: further arguments of `run_embed`.
 
     Raises:
         InputError: as `run_embed`; or a migration to a third recipe is under way.
@@ -36,7 +40,7 @@ def run_migrate(configuration: EmbedConfiguration) -> EmbedReport:
     uri = configuration.table
     table, model = EmbeddingTable.find(uri), read_model(configuration)
     if table is None or not differs(configuration, table):
-        report = run_embed(configuration)
+        report = run_embed(configuration, **how)
         discard(uri)  # what a run left that was killed after the switch
         return report
     under_way = EmbeddingTable.find(next_uri(uri))
@@ -48,7 +52,7 @@ def run_migrate(configuration: EmbedConfiguration) -> EmbedReport:
             f"a migration of {uri} to another recipe is under way ({'; '.join(under_way.recipe.difference(recipe))}): "
             f"finish it with its own settings, or remove {under_way.uri} to give it up"
         )
-    report = run_embed(configuration.model_copy(update={"table": next_uri(table.uri)}))
+    report = run_embed(configuration.model_copy(update={"table": next_uri(table.uri)}), **how)
     if report.status in ("published", "unchanged") and report.published == report.version and not report.left:
         version = switch(table.uri)
         return replace(report, status="published", table=table.uri, version=version, published=version)

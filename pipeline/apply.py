@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.dead import Dead, DeadLetters
 from pipeline.keys import KEY, Keys
+from pipeline.measures import Meter, Silent, Timeline, add_lengths
 from pipeline.probes import Probes, Vectors, from_bytes, is_canary, keep_canaries
 from pipeline.quarantine import start_watch
 from pipeline.survey import Plan
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 PAUSE_S = 1.0
 """How often the driver looks whether a commit is due while no fragment arrives."""
+
+SUMMED = ("chunks", "reused", "tokens", "truncated_tokens", "padding_tokens", "encoder_s", "chars")
+"""Numbers of a fragment that add up to those of `Applied`."""
 
 CPUS_OF_READER = 0.75
 """Not the 1 of an actor: Ray Data fuses stages of equal resources, and a fused actor would tokenize while its encoder
@@ -62,6 +66,12 @@ class Applied:
     """Documents that were not reached then."""
     encoder_s: float = 0.0
     """Seconds that actors spent in the encoder, all together."""
+    chars: int = 0
+    wasted_tokens: int = 0
+    """Those that were encoded and are not in the table: a repeated task's, a refused worker's."""
+    lengths: list[int] = field(default_factory=list)
+    """Documents by their tokens, in the buckets of `pipeline.measures`."""
+    timeline: Timeline = field(default_factory=Timeline)
 
 
 class Refused(Exception):
@@ -94,7 +104,8 @@ def apply(
     Raises:
         InputError: another run writes to the table, or a worker found the model or a source unusable.
     """
-    journal = Journal(table, keys, plan, job.run, letters, probes, off)
+    journal = Journal(table, keys, plan, job.run, letters, probes, off, job.meter(table.uri))
+    journal.meter.set(actors=job.workers.actors)
     waiting_since: float | None = None
     tokens = 0
     try:
@@ -219,6 +230,7 @@ class Journal:
     letters: DeadLetters | None = None
     probes: Probes | None = None
     off: Collection[str] = ()
+    meter: Meter = field(default_factory=Silent)
     applied: Applied = field(default_factory=Applied)
     done: np.ndarray = field(init=False)
     """bool, for each position of the plan."""
@@ -240,18 +252,33 @@ class Journal:
             Refused: the probes of the worker that sends it came out wrong.
         """
         if row.get("probes") and self.probes is not None:
-            self.verify(self.probes, from_bytes(row["probes"]))
+            try:
+                self.verify(self.probes, from_bytes(row["probes"]))
+            except Refused:
+                self.waste(row)
+                raise
         at = np.frombuffer(row["positions"], np.int64)
         self.died += [Dead.from_row(dead) for dead in json.loads(row["dead"])]
         if not len(at):
             return
         if self.done[at].all():
             log.info("a fragment came twice and is left out: %s", row["fragment"])
+            self.waste(row)
             return
         if self.done[at].any():
             raise RuntimeError("a worker returned documents for the second time; run again to embed what is missing")
         self.done[at] = True
         self.waiting.append(row)
+        self.applied.timeline.add(len(row["ids"]) // KEY.itemsize, row["tokens"])
+        self.show_queue()
+
+    def waste(self, row: dict[str, Any]) -> None:
+        """Count what was encoded for nothing."""
+        self.applied.wasted_tokens += row["tokens"]
+        self.meter.add(wasted_tokens=row["tokens"])
+
+    def show_queue(self) -> None:
+        self.meter.set(waiting_documents=int((~self.done).sum()), waiting_fragments=len(self.waiting))
 
     def verify(self, probes: Probes, found: Vectors) -> None:
         """Compare a worker's probes with what is known of them; the first canaries of a table are kept.
@@ -284,6 +311,7 @@ class Journal:
         died = [letter for letter in self.died if letter.key not in self.applied.dead]
         self.died = []
         self.applied.dead |= {letter.key: letter for letter in died}
+        self.meter.add(dead_documents=len(died))
         if self.letters is not None:
             self.letters.record(died, self.run)
         if not rows:
@@ -295,6 +323,11 @@ class Journal:
         done = self.applied
         done.commits += 1
         done.documents += len(ids)
-        for name in ("chunks", "reused", "tokens", "truncated_tokens", "padding_tokens", "encoder_s"):
-            setattr(done, name, getattr(done, name) + sum(row[name] for row in rows))
+        sums = {name: sum(row[name] for row in rows) for name in SUMMED}
+        for name, value in sums.items():
+            setattr(done, name, getattr(done, name) + value)
+        done.lengths = add_lengths([done.lengths, *(row["lengths"] for row in rows)])
+        counted = {name: sums[name] for name in ("tokens", "padding_tokens", "truncated_tokens")}
+        self.meter.add(documents=len(ids), vectors=sums["chunks"], commits=1, **counted)
+        self.show_queue()
         log.info("version %d: %d documents more", self.table.version, len(ids))

@@ -25,6 +25,7 @@ from model.batch import PackedBatch
 from model.embedder import TOKENS_PER_BATCH, Embedder
 from model.errors import InputError
 from pipeline.chunks import WHOLE, ChunkingConfig, Windows, plan_windows
+from pipeline.measures import count_lengths
 from pipeline.packing import gather, look_ahead, plan_bins
 from pipeline.storage import local_model
 from pipeline.tokens import list_offsets, list_values
@@ -69,6 +70,8 @@ class Statistics:
     sequences: int = 0
     bins: int = 0
     seconds: float = 0.0
+    lengths: tuple[int, ...] = ()
+    """Documents by their content tokens, in the buckets of `pipeline.measures`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,15 +200,17 @@ class EmbedStage:
             vectors = np.empty((0, self.dim), np.float32)
         errors = table["error"].to_pylist()
         alive = np.array([error is None and i not in failed for i, error in enumerate(errors)], dtype=bool)
+        lengths = (np.diff(list_offsets(table["tokens"])) - table["num_prompt"].to_numpy())[alive]
         statistics = Statistics(
             documents=int(alive.sum()),
             vectors=len(vectors),
-            tokens=int((np.diff(list_offsets(table["tokens"])) - table["num_prompt"].to_numpy())[alive].sum()),
+            tokens=int(lengths.sum()),
             model_tokens=int(layout.length_W.sum()),
             truncated_tokens=int(table["truncated_tokens"].to_numpy()[alive].sum()),
             sequences=len(layout.length_W),
             bins=len(bins),
             seconds=time.perf_counter() - begun,
+            lengths=tuple(count_lengths(lengths)),
         )
         return Embedded(self._rows(table, layout, good_R, vectors), _dead(table, errors, failed), statistics)
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LEASE = "_lease"
 """Folder in the table. Lance leaves folders alone that it does not know."""
+SINCE = "%Y-%m-%d %H:%M:%S UTC"
 BEAT_S = 2.0
 """Seconds between heartbeats."""
 LIMIT_S = 60.0
@@ -54,6 +55,11 @@ class Owner:
     """Counts up while the owner lives."""
     released: bool = False
 
+    def hours(self) -> float:
+        """How long it has had the lease, by two clocks that may differ a little."""
+        since = datetime.strptime(self.since, SINCE).replace(tzinfo=UTC)
+        return (datetime.now(UTC) - since).total_seconds() / 3600
+
     def __str__(self) -> str:
         return f"run {self.run} since {self.since} (process {self.pid} on {self.host})"
 
@@ -81,6 +87,14 @@ def started(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+class Busy(InputError):
+    """Another run is writing to the table."""
+
+    def __init__(self, uri: str, owner: Owner) -> None:
+        super().__init__(f"another run is writing to {uri}: {owner}; let it finish, then run again")
+        self.owner = owner
 
 
 class Lease:
@@ -118,7 +132,8 @@ class Lease:
         lease is taken over.
 
         Raises:
-            InputError: another run is writing, or the place cannot be written.
+            Busy: another run is writing.
+            InputError: the place cannot be written.
         """
         place = place_of(uri)
         try:
@@ -132,7 +147,7 @@ class Lease:
                     host=socket.gethostname(),
                     pid=os.getpid(),
                     process=f"{boot()} {started(os.getpid())}" if boot() else "",
-                    since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+                    since=datetime.now(UTC).strftime(SINCE),
                     token=uuid.uuid4().hex,
                 )
                 if not place.create(mine):
@@ -213,7 +228,7 @@ def watch(place: "Place", owner: Owner, uri: str, limit_s: float) -> Owner | Non
     """Return when the lease of `owner` can be taken: the newest lease as it is then.
 
     Raises:
-        InputError: its heartbeat moves.
+        Busy: its heartbeat moves.
     """
     begun = now()
     told = False
@@ -222,7 +237,7 @@ def watch(place: "Place", owner: Owner, uri: str, limit_s: float) -> Owner | Non
         if seen is None or seen.released or seen.is_dead():
             return seen
         if (seen.epoch, seen.beat) != (owner.epoch, owner.beat):
-            raise InputError(f"another run is writing to {uri}: {seen}; let it finish, then run again")
+            raise Busy(uri, seen)
         if waited > 2 * BEAT_S and not told:
             told = True
             log.warning("%s gives no sign of life; its lease on %s ends in %.0f s", owner, uri, limit_s - waited)

@@ -9,13 +9,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from pyarrow.fs import FileSelector, LocalFileSystem
+from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 
 from pipeline import storage
 from pipeline.lease import holder
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 RECORDS = "_runs"
 """Folder in the table."""
 RUNNING, FAILED, INTERRUPTED, CRASHED = "running", "failed", "interrupted", "crashed"
+BUSY, REFUSED = "busy", "refused"
 """What a run's record says beside the statuses of reports."""
 ROLLED_BACK = "rolled back"
 RUNS_OF_THROUGHPUT = 10
@@ -84,6 +85,14 @@ def recorded(table: str, run: str, job: str, **facts: Any) -> Iterator[Entry]:
     entry.keep()
 
 
+def note(table: str, run: str, job: str, status: str, error: str) -> None:
+    """The record of a start that never held the table's lease, and so came to nothing; one that is there stays."""
+    files, path = storage.filesystem(table)
+    if files.get_file_info(f"{path.rstrip('/')}/{RECORDS}/{run}.json").type == FileType.NotFound:
+        about = {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "started": utc(), "ended": utc()}
+        keep_record(table, run, {**about, "status": status, "error": storage.without_secrets(error)})
+
+
 def utc() -> str:
     """Now, as 2026-11-23T18:00:00Z."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -136,9 +145,10 @@ def past_throughput(table: str) -> float | None:
 
     None where no run has embedded anything yet.
     """
-    tokens = seconds = 0.0
-    for record in read_records(table, last=RUNS_OF_THROUGHPUT):
-        if record.get("embedding_s"):
-            tokens += record["tokens"]
-            seconds += record["embedding_s"]
-    return tokens / seconds if tokens else None
+    return tokens_per(read_records(table, last=RUNS_OF_THROUGHPUT), "embedding_s")
+
+
+def tokens_per(records: Sequence[dict[str, Any]], name: str) -> float | None:
+    """Tokens that runs embedded per unit of what their records call `name`; None where none has any of it."""
+    known = [record for record in records if record.get(name)]
+    return sum(record["tokens"] for record in known) / sum(record[name] for record in known) if known else None

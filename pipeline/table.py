@@ -25,9 +25,9 @@ from pipeline.packing import look_ahead
 from pipeline.recipe import Recipe
 
 PUBLISHED = "published"
-NEXT = "_next.lance"
-"""Folder in which the table of a migration grows."""
-OWN_FOLDERS = ("_lease", "_runs", "_sources", "_dead.lance", "_canaries", NEXT)
+NEXT, PAGE = "_next.lance", "_report.html"
+"""Folder in which the table of a migration grows; the page that `nightloom report` writes."""
+OWN_FOLDERS = ("_lease", "_runs", "_sources", "_dead.lance", "_canaries", NEXT, PAGE)
 """What we keep in a table's folder beside Lance's files. Lance leaves folders alone that it does not know."""
 KEPT = "published-"
 """Begins the tags that keep versions which were published: published-12."""

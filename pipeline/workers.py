@@ -7,6 +7,7 @@ one that kills its worker goes into quarantine.
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 from pipeline.chunks import ChunkingConfig
 from pipeline.columns import DocumentColumns
 from pipeline.keys import hash_ids
+from pipeline.measures import Meter, Silent, add_lengths
 from pipeline.probes import to_bytes
 from pipeline.quarantine import MOST_DEATHS_ALONE, QUARANTINED, Guard
 from pipeline.reuse import FOUND, HASHES, Former, put_back, take_found
@@ -97,6 +99,8 @@ class Job:
     """Makes the stage that tokenizes, in a task."""
     encoder: Callable[["Job"], Any] = encoder_of
     """Makes the stage that embeds, in an actor; it has the `embed` of `EmbedStage`."""
+    meter: Callable[[str], Meter] = Silent
+    """Makes what counts for a metrics system, in the driver and in every actor."""
 
 
 def read_and_tokenize(items: pa.Table, *, job: Job, watch: Any) -> Iterator[pa.Table]:
@@ -124,12 +128,14 @@ class EmbedAndWrite:
         self.job, self.guard = job, Guard(watch, "embed")
         self.guard.start()
         self.stage = job.encoder(job)
+        self.meter = job.meter(job.uri)
         self.probes = b""
         if job.probes is not None:
             parts = self.stage.embed(job.tokenizer(job)(job.probes))
             self.probes = to_bytes(pa.concat_tables([part.rows for part in parts]))
 
     def __call__(self, tokens: pa.Table) -> pa.Table:
+        begun = time.monotonic()
         given_up: list[pa.Table] = []
 
         def embed(table: pa.Table) -> list[Any]:
@@ -167,8 +173,11 @@ class EmbedAndWrite:
             "padding_tokens": sum(s.padding_tokens for s in statistics),
             "truncated_tokens": sum(s.truncated_tokens for s in statistics),
             "encoder_s": float(sum(s.seconds for s in statistics)),
+            "lengths": add_lengths(s.lengths for s in statistics),
         }
         self.guard.end(tokens)
+        self.meter.add(encoded_tokens=written["tokens"], encoder_seconds=written["encoder_s"])
+        self.meter.observe(block_seconds=time.monotonic() - begun)
         return pa.table({name: [value] for name, value in written.items()})
 
 

@@ -36,7 +36,15 @@ def journal(table: EmbeddingTable, names: list[str], **more) -> Journal:
 
 def arrived(table: EmbeddingTable, documents: dict[str, str], **changes) -> dict:
     """A row as `EmbedAndWrite` returns it."""
-    counts = {"reused": 0, "tokens": 10, "truncated_tokens": 1, "padding_tokens": 0, "encoder_s": 0.5, "chars": 5}
+    counts = {
+        "reused": 0,
+        "tokens": 10,
+        "truncated_tokens": 1,
+        "padding_tokens": 0,
+        "encoder_s": 0.5,
+        "chars": 5,
+        "lengths": [1],
+    }
     return {
         "fragment": write_fragment(table.uri, rows(documents), "r1") if documents else "",
         "ids": ids_of(documents).tobytes(),

@@ -96,7 +96,7 @@ class LengthEncoder:
         stages = ["tokens" if error else "embed" for error, reason in zip(errors, reasons, strict=True) if reason]
         dead = dead.append_column("stage", pa.array(stages, pa.string()))
         dead = dead.append_column("error", pa.array([reason for reason in reasons if reason], pa.string()))
-        statistics = {"model_tokens": count, "padding_tokens": 0, "truncated_tokens": 0, "seconds": 0.0}
+        statistics = {"model_tokens": count, "padding_tokens": 0, "truncated_tokens": 0, "seconds": 0.0, "lengths": ()}
         yield SimpleNamespace(
             rows=rows.append_column("vector", pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 4)),
             dead=dead,
