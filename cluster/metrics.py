@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.session import cluster_address
+
 PREFIX = "nightloom"
 SWITCH = "NIGHTLOOM_METRICS"
 """on or off, whatever the address says."""
@@ -53,7 +55,7 @@ def exported() -> dict[str, str]:
 def is_collected(address: str | None) -> bool:
     """Whether a run at this address counts: on a cluster, unless the environment says otherwise."""
     said = os.environ.get(SWITCH, "").lower()
-    return said == "on" or (address is not None and said != "off")
+    return said == "on" or (cluster_address(address) is not None and said != "off")
 
 
 class RayMeter:

@@ -16,12 +16,10 @@ from jobs.cluster_commands import add_cluster_commands
 from jobs.commands import Parser, add_table_commands
 from jobs.follow import REPORTING, VERSIONS, Ended, mark
 from jobs.model_commands import add_model_commands
+from jobs.report import BAD_ENDS
 from model.errors import InputError
 
-DONE, FAULT, WRONG_INPUT, UNPUBLISHED, INTERRUPTED = 0, 1, 2, 3, 130
-
-STATUS = {"failed": FAULT, "refused": WRONG_INPUT, "unpublished": UNPUBLISHED}
-"""What reports that do not mean success end with."""
+DONE, FAULT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain(f"{type(error).__name__}: {lines[-1]} (-v shows where)", FAULT)
     shown = report.to_json() if options.json else report.summary()
     print(mark(report) if os.environ.get(REPORTING) else shown, flush=True)
-    return STATUS.get(report.status, DONE)
+    return BAD_ENDS.get(report.status, DONE)
 
 
 @contextmanager

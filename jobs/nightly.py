@@ -16,7 +16,7 @@ from pydantic import Field
 from jobs.configuration import EmbedConfiguration, Settings
 from jobs.embed import limit_of, run_embed
 from jobs.migrate import run_migrate
-from jobs.report import line
+from jobs.report import BAD_ENDS, line
 from model.errors import InputError
 from model.folder import resolve_folder, weights_hash
 from pipeline import storage
@@ -28,8 +28,6 @@ from pipeline.table import EmbeddingTable
 log = logging.getLogger(__name__)
 
 JOB, DONE, UNPUBLISHED = "nightly", "done", "unpublished"
-WORST = (FAILED, REFUSED, UNPUBLISHED)
-"""What becomes of a night with several tables: the first of these that became of one; else it is done."""
 FEWEST_DIGITS = 8
 
 
@@ -107,7 +105,7 @@ def run_nightly(configuration: NightlyConfiguration) -> NightlyReport:
         limit_of(settings, begun)
     nights = {name: run_night(name, settings, begun) for name, settings in configuration.tables.items()}
     became = {night.status for night in nights.values()}
-    return NightlyReport(JOB, next((status for status in WORST if status in became), DONE), nights)
+    return NightlyReport(JOB, next((status for status in BAD_ENDS if status in became), DONE), nights)
 
 
 def run_night(name: str, settings: NightlyTable, begun: datetime) -> Night:

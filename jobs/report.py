@@ -10,6 +10,9 @@ import time
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+BAD_ENDS = {"failed": 1, "refused": 2, "unpublished": 3}
+"""{status of a report that does not mean success: exit status of its command}, the worst first."""
+
 
 @dataclass(frozen=True, slots=True)
 class EmbedReport:

@@ -161,10 +161,12 @@ def read_command(words: Sequence[str], files: Sequence[Path]) -> Command:
         key, _, text = item.partition("=")
         place(tree, key.strip(), parse_value(text.strip()))
     named = {**tree, **{key: value for key, value in vars(options).items() if isinstance(value, str)}}
+    groups = [named, *(tree.get("tables") or {}).values()]  # of a nightly configuration
     for name in (*READ, *PLACES, "destination"):
-        if isinstance(value := named.get(name), str):
-            check_path(name, value, command, files)
-    command.place = next((str(named[name]) for name in PLACES if named.get(name)), "")
+        for group in groups:
+            if isinstance(value := group.get(name), str):
+                check_path(name, value, command, files)
+    command.place = next((str(group[name]) for group in groups for name in PLACES if group.get(name)), "")
     return command
 
 

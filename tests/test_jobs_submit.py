@@ -92,6 +92,11 @@ def test_words_are_read_by_the_parser_that_the_job_will_use(tmp_path, monkeypatc
     assert command.words == ["pretrain", "submitted/train.toml", "--set", "output=s3://b/other"]
     assert command.place == "s3://b/other"
     assert set(command.files) == {"submitted/train.toml"}
+    night = '[tables.t]\nsource = "s3://a/b"\nmodel = "s3://a/m"\ntable = '
+    (tmp_path / "nightly.toml").write_text(night + '"s3://a/t.lance"\n')
+    assert read_command(["nightly", "nightly.toml"], FILES).place == "s3://a/t.lance"
+    (tmp_path / "nightly.toml").write_text(night + '"../t.lance"\n')
+    refuse(["nightly", "nightly.toml"], "table '../t.lance' is a path on this machine")
     (tmp_path / "train.toml").write_text('tokens = "shards"\noutput = "s3://a/run"\n')
     refuse(["pretrain", "train.toml"], "tokens 'shards' is a path on this machine")
 

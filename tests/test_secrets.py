@@ -104,8 +104,15 @@ def test_no_secret_is_written_anywhere(place):
     place.run("export", table, f"s3://{BUCKET}/out/table.parquet", "-v", status=0, **known)
     place.run("export", table, str(place.folder / "table.arrow"), "--format", "arrow", "-v", status=0, **known)
     commands = re.findall(r"^    ([a-z]+) ", place.run("--help", status=0), re.MULTILINE)
-    for command in sorted({"runs", "versions"} & set(commands)):
+    for command in sorted({"runs", "versions", "dead"} & set(commands)):
         place.run(command, table, "-v", status=0, **known)
+    place.run("report", table, "-v", status=0, **known)
+    place.run("report", table, str(place.folder / "report.html"), "-v", status=0, **known)
+    night = place.folder / "nightly.toml"
+    night.write_text(f'[tables.t]\nsource = "{source}"\ntable = "{table}"\nmodel = "{place.model}"\n')
+    counted = known | {"NIGHTLOOM_METRICS": "on"}
+    place.upload(2)
+    place.run("nightly", str(night), "-v", "--set", "tables.t.vectors.dtype=float32", status=0, **counted)
 
     # Out of a profile, on another night.
     place.upload(1)
@@ -121,6 +128,8 @@ def test_no_secret_is_written_anywhere(place):
         place.run("search", table, "a quick fox", "-v", status=(1, 2), **environment)
         place.run("export", table, f"s3://{BUCKET}/out/again.parquet", "-v", status=(1, 2), **environment)
         place.run("embed", str(place.model / "README.md"), table, *SETS, status=(1, 2), **environment)
+        place.run("nightly", str(night), "-v", status=(1, 2), **environment)
+        place.run("report", table, "-v", status=(1, 2), **environment)
     place.run("embed", f"s3://{BUCKET}/nowhere", table, *SETS, status=2, **known)
     (place.folder / "credentials").write_text(f"{MARK} this is no profile = {KEYS['AWS_SECRET_ACCESS_KEY']}")
     place.run("embed", source, table, *SETS, status=2, **profile)
@@ -129,4 +138,5 @@ def test_no_secret_is_written_anywhere(place):
     assert len(found) > 40
     assert any("/logs/" in name for name, _ in found)
     assert any(name.endswith(".manifest") for name, _ in found)
+    assert any(name.endswith("_report.html") for name, _ in found)
     assert [name for name, content in found if MARK.encode() in content] == []
