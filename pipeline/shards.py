@@ -41,6 +41,11 @@ class ShardEntry:
     hash: str
     """blake2b-128 of the file, in hex."""
 
+    def __post_init__(self) -> None:
+        # Names come out of a file, and copies are written under them.
+        if self.name.startswith("/") or ".." in self.name.split("/"):
+            raise ValueError(f"a shard cannot lie at {self.name!r}")
+
 
 @dataclass(frozen=True)
 class Manifest:

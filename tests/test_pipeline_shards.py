@@ -179,3 +179,12 @@ def test_the_cache_makes_room(s3_server: dict[str, str], tmp_path: Path, monkeyp
     free = iter([0] * 9)
     with pytest.raises(InputError, match="has no room"):
         opened.shard(ShardEntry("9.arrow", 1, 1, 1, ""))
+
+
+@pytest.mark.parametrize("name", ["../../home/.profile", "/etc/passwd", "train/../../up.arrow"])
+def test_a_manifest_cannot_name_files_outside_its_place(tmp_path: Path, name: str) -> None:
+    """On S3 a shard is copied to its name below a cache: that must not lead anywhere else."""
+    entry = {"name": name, "documents": 1, "tokens": 1, "bytes": 1, "hash": "0" * 32}
+    write_file(str(tmp_path), MANIFEST, json.dumps({"format": shards.FORMAT, "shards": {"train": [entry]}}).encode())
+    with pytest.raises(InputError, match="a shard cannot lie at"):
+        read_manifest(str(tmp_path))
