@@ -130,7 +130,9 @@ def run_night(name: str, settings: NightlyTable, begun: datetime) -> Night:
         log.debug("traceback", exc_info=True)
     if report is None:
         log.error("%s: %s", name, reason)
-        remember(settings.table, run, status, reason, there=there)
+        remember(settings.table, run, status, there=there, error=storage.without_secrets(reason))
+    elif settings.migrate:  # whose runs are recorded in the table that grows
+        remember(settings.table, run, status, report=asdict(report))
     page = None if status == BUSY or not settings.page else write_page(settings.table)
     return Night(settings.table, run, status, reason or None, page, asdict(report) if report else None)
 
@@ -153,11 +155,11 @@ def check_pin(settings: NightlyTable) -> None:
         raise InputError(f"{settings.model} has the weights {found}, the night is pinned to {settings.weights}")
 
 
-def remember(table: str, run: str, status: str, reason: str, *, there: bool) -> None:
-    """Leave a record of a start that came to nothing, unless it has one, or there is no table to keep it in."""
+def remember(table: str, run: str, status: str, *, there: bool = False, **facts: Any) -> None:
+    """Leave a record of a start, unless it has one, or there is no table to keep it in."""
     try:
         if there or EmbeddingTable.find(table) is not None:
-            note(table, run, JOB, status, reason)
+            note(table, run, JOB, status, **facts)
     except Exception as error:
         log.warning("the record of run %s is not kept: %s", run, storage.first_words(error))
 

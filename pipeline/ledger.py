@@ -85,12 +85,12 @@ def recorded(table: str, run: str, job: str, **facts: Any) -> Iterator[Entry]:
     entry.keep()
 
 
-def note(table: str, run: str, job: str, status: str, error: str) -> None:
-    """The record of a start that never held the table's lease, and so came to nothing; one that is there stays."""
+def note(table: str, run: str, job: str, status: str, **facts: Any) -> None:
+    """The record of a start that never held the table's lease; one that is there stays."""
     files, path = storage.filesystem(table)
     if files.get_file_info(f"{path.rstrip('/')}/{RECORDS}/{run}.json").type == FileType.NotFound:
         about = {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "started": utc(), "ended": utc()}
-        keep_record(table, run, {**about, "status": status, "error": storage.without_secrets(error)})
+        keep_record(table, run, {**about, "status": status, **facts})
 
 
 def utc() -> str:

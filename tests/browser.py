@@ -79,8 +79,10 @@ def browser(width: int, height: int, *, dark: bool = False, scale: float = 1.0) 
                     assert time.monotonic() < until
                     time.sleep(0.2)
             opened.root += f"/{session['sessionId']}"
-            yield opened
-            urllib.request.urlopen(urllib.request.Request(opened.root, method="DELETE"), timeout=60).close()
+            try:
+                yield opened
+            finally:  # ends the browser, which would outlive its driver
+                urllib.request.urlopen(urllib.request.Request(opened.root, method="DELETE"), timeout=60).close()
         finally:
             driver.terminate()
             driver.wait(60)

@@ -11,7 +11,7 @@ import pytest
 from model.errors import InputError
 from pipeline import ledger
 from pipeline.lease import Lease
-from pipeline.ledger import keep_record, new_run, past_throughput, read_records, recorded, rolled_back
+from pipeline.ledger import keep_record, new_run, note, past_throughput, read_records, recorded, rolled_back
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -127,3 +127,15 @@ def test_rolled_back_until_a_run_publishes_or_changes_the_table(tmp_path):
     keep_record(uri, new_run(), {"status": "partial", "version": 10, "published_before": 7, "published": 10})
     assert not rolled_back(uri, newest=9, published=7)
     assert json.loads(json.dumps(read_records(uri))) == read_records(uri)
+
+
+def test_a_note_of_a_start_that_came_to_nothing_never_replaces_a_record(tmp_path):
+    uri = str(tmp_path / "table")
+    with recorded(uri, "r1", "embed") as entry:
+        entry.set(status="published")
+    note(uri, "r1", "nightly", "busy", error="another")
+    note(uri, "r2", "nightly", "busy", error="another")
+    assert [(r["run"], r["job"], r["status"], r.get("error")) for r in read_records(uri)] == [
+        ("r1", "embed", "published", None),
+        ("r2", "nightly", "busy", "another"),
+    ]
