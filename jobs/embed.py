@@ -109,7 +109,6 @@ def run_embed(
             tokens=applied.tokens,
             encoder_s=round(applied.encoder_s, 3),
             chars=applied.chars,
-            wasted_tokens=applied.wasted_tokens,
             lengths=shown_lengths(applied.lengths),
             timeline=applied.timeline.shown(),
             commits=applied.commits,

@@ -67,8 +67,6 @@ class Applied:
     encoder_s: float = 0.0
     """Seconds that actors spent in the encoder, all together."""
     chars: int = 0
-    wasted_tokens: int = 0
-    """Those that were encoded and are not in the table: a repeated task's, a refused worker's."""
     lengths: list[int] = field(default_factory=list)
     """Documents by their tokens, in the buckets of `pipeline.measures`."""
     timeline: Timeline = field(default_factory=Timeline)
@@ -252,18 +250,14 @@ class Journal:
             Refused: the probes of the worker that sends it came out wrong.
         """
         if row.get("probes") and self.probes is not None:
-            try:
-                self.verify(self.probes, from_bytes(row["probes"]))
-            except Refused:
-                self.waste(row)
-                raise
+            self.verify(self.probes, from_bytes(row["probes"]))
         at = np.frombuffer(row["positions"], np.int64)
         self.died += [Dead.from_row(dead) for dead in json.loads(row["dead"])]
         if not len(at):
             return
         if self.done[at].all():
             log.info("a fragment came twice and is left out: %s", row["fragment"])
-            self.waste(row)
+            self.meter.add(wasted_tokens=row["tokens"])
             return
         if self.done[at].any():
             raise RuntimeError("a worker returned documents for the second time; run again to embed what is missing")
@@ -271,11 +265,6 @@ class Journal:
         self.waiting.append(row)
         self.applied.timeline.add(len(row["ids"]) // KEY.itemsize, row["tokens"])
         self.show_queue()
-
-    def waste(self, row: dict[str, Any]) -> None:
-        """Count what was encoded for nothing."""
-        self.applied.wasted_tokens += row["tokens"]
-        self.meter.add(wasted_tokens=row["tokens"])
 
     def show_queue(self) -> None:
         self.meter.set(waiting_documents=int((~self.done).sum()), waiting_fragments=len(self.waiting))
