@@ -230,6 +230,8 @@ class Journal:
     off: Collection[str] = ()
     meter: Meter = field(default_factory=Silent)
     applied: Applied = field(default_factory=Applied)
+    arrived: int = 0
+    """Documents of the plan that have come."""
     done: np.ndarray = field(init=False)
     """bool, for each position of the plan."""
     waiting: list[dict[str, Any]] = field(default_factory=list)
@@ -263,11 +265,12 @@ class Journal:
             raise RuntimeError("a worker returned documents for the second time; run again to embed what is missing")
         self.done[at] = True
         self.waiting.append(row)
+        self.arrived += len(at)
         self.applied.timeline.add(len(row["ids"]) // KEY.itemsize, row["tokens"])
         self.show_queue()
 
     def show_queue(self) -> None:
-        self.meter.set(waiting_documents=int((~self.done).sum()), waiting_fragments=len(self.waiting))
+        self.meter.set(waiting_documents=self.plan.num_documents - self.arrived, waiting_fragments=len(self.waiting))
 
     def verify(self, probes: Probes, found: Vectors) -> None:
         """Compare a worker's probes with what is known of them; the first canaries of a table are kept.
