@@ -66,11 +66,11 @@ def test_nights_one_after_the_other(settings, ray_session, tmp_path):
     assert planned["seconds"] > 0
     assert statuses(settings) == ["published", "unchanged", "published"]
 
-    # A document that is no text: one dead is more than none.
-    (tmp_path / "source" / "broken.jsonl").write_text('{"id": "b", "text": 5}\n')
+    # A line that is no JSON: one dead is more than none.
+    (tmp_path / "source" / "broken.jsonl").write_text('{"id": "b", "text": "fine"}\nbroken\n')
     held_back = night(settings, max_dead=0)
     assert held_back.status == "unpublished"
-    assert "max_dead: 1 of 5" in str(held_back.reason)
+    assert "max_dead: 1 of 6" in str(held_back.reason)
 
 
 def test_a_model_that_is_not_the_pinned_one(settings, ray_session):
