@@ -43,6 +43,8 @@ class ModelSettings(Settings):
 class ObjectiveSettings(Settings):
     """What is learned."""
 
+    task: Literal["masked", "causal"] = "masked"
+    """To guess masked tokens, which makes an encoder, or the next token, which makes a decoder."""
     mask_rate: float = 0.3
     """Share of the tokens to predict."""
     final_mask_rate: float | None = None
@@ -145,23 +147,28 @@ class KeepSettings(Settings):
     """Bins of held-out text for an evaluation; none takes all."""
 
 
-class PretrainConfiguration(Settings):
-    """Everything that `nightloom pretrain` can be told."""
+class RunSettings(Settings):
+    """What every job that trains can be told, whatever it learns."""
 
-    tokens: str
-    """Token shards, local or s3://, as `nightloom prepare` wrote them."""
     output: str
     """Folder or s3:// prefix of the run: its checkpoints, its metrics, and at the end its model."""
     seed: int = Field(default=0, ge=0)
     """Of the weights, the order of the documents and the masks."""
     stop_after: int | None = Field(default=None, gt=0)
     """Stop after so many steps in all, with a checkpoint; the same command without it goes on."""
-    model: ModelSettings = ModelSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    phases: dict[str, PhaseSettings] = Field(min_length=1)
     work: WorkSettings = WorkSettings()
     keep: KeepSettings = KeepSettings()
+
+
+class PretrainConfiguration(RunSettings):
+    """Everything that `nightloom pretrain` can be told."""
+
+    tokens: str
+    """Token shards, local or s3://, as `nightloom prepare` wrote them."""
+    model: ModelSettings = ModelSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    phases: dict[str, PhaseSettings] = Field(min_length=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +198,8 @@ def plan_phases(configuration: PretrainConfiguration) -> tuple[Phase, ...]:
         InputError: a phase without a whole step, or with parts that do not fit together.
     """
     objective, phases = configuration.objective, []
+    if objective.task == "causal" and objective.ordering_weight:
+        raise InputError("objective.ordering_weight is for encoders; set it to 0 with the task 'causal'")
     masking = MaskingConfig(
         rate=objective.mask_rate,
         final_rate=objective.final_mask_rate,
@@ -210,6 +219,7 @@ def plan_phases(configuration: PretrainConfiguration) -> tuple[Phase, ...]:
                 seed=configuration.seed + number,
                 num_steps=1,
                 ordering=objective.ordering_weight > 0,
+                causal=objective.task == "causal",
                 masking=masking,
             )
             steps = count_steps(stream, settings.tokens)
@@ -233,7 +243,7 @@ def count_steps(stream: StreamConfig, tokens: int) -> int:
     return steps + max(total - bins, 0) // stream.bins_at(bins)
 
 
-def shape_of(settings: ModelSettings, manifest: Manifest) -> EncoderConfig:
+def shape_of(settings: ModelSettings, manifest: Manifest, *, causal: bool = False) -> EncoderConfig:
     """The shape of a model that starts from random or tiled weights, for the vocabulary of the shards."""
     changes: dict[str, Any] = {
         name: value
@@ -248,4 +258,5 @@ def shape_of(settings: ModelSettings, manifest: Manifest) -> EncoderConfig:
         pad_id=manifest.pad_id,
         cls_id=manifest.cls_id,
         sep_id=manifest.sep_id,
+        causal=causal,
     )

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model.losses import Pretraining
+from model.encoder import Layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Replicas:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def spread(self, model: Pretraining) -> nn.Module:
+    def spread(self, model: nn.Module) -> nn.Module:
         """The module to call in training; `model` keeps its parameters, which FSDP turns into shards.
 
         Every process must hold the same weights.
@@ -42,7 +42,7 @@ class Replicas:
         if self.size == 1:
             return model
         if self.strategy == "fsdp":
-            for layer in model.language_model.model.layers:
+            for layer in [part for part in model.modules() if isinstance(part, Layer)]:
                 fully_shard(layer)
             fully_shard(model)
             return model
@@ -81,6 +81,11 @@ class Replicas:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Add a tensor up over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value, by rank. For small things, now and then."""

@@ -5,7 +5,7 @@ brought back, on however many workers there are then.
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from pyarrow.fs import LocalFileSystem
 from torch import Tensor, nn
 
 from jobs.checkpoints import Checkpoint, copy_file, on_host
-from jobs.phases import Phase, PretrainConfiguration, shape_of
+from jobs.phases import Phase, PretrainConfiguration, RunSettings, shape_of
 from jobs.replicas import Replicas, fill, whole
 from model.attention import choose_backend
 from model.config import EncoderConfig
+from model.decoder import CausalLanguageModel, Decoder
 from model.embedder import choose_dtype
 from model.encoder import Encoder, init_weights
 from model.errors import InputError
@@ -35,7 +36,7 @@ from pipeline.stream import StreamState
 
 log = logging.getLogger(__name__)
 
-MASKED = "ModernBertForMaskedLM"
+MASKED, CAUSAL = "ModernBertForMaskedLM", "ModernBertDecoderForCausalLM"
 MODEL = "model"
 """Folder of a run with the model that came out."""
 CHANGES_WITH_PHASES = ("max_tokens", "global_theta", "extra")
@@ -46,9 +47,12 @@ CHANGES_WITH_PHASES = ("max_tokens", "global_theta", "extra")
 class State:
     """A training between two steps."""
 
-    model: Pretraining
+    model: nn.Module
+    """What is trained: an encoder with whatever its loss needs."""
+    encoder: Encoder
+    """The encoder in it."""
     module: nn.Module
-    """What to call for a loss: the model, or what spreads it over several workers."""
+    """What to call for a backward pass: the model, or what spreads it over several workers."""
     optimizer: StableAdamW
     scale: LossScale
     guard: SpikeGuard
@@ -67,11 +71,11 @@ class State:
 
     def enter(self, phase: Phase) -> None:
         """Make the model what a phase wants; also when it goes on in the middle of it."""
-        encoder = self.model.language_model.model
-        theta = phase.settings.global_theta or encoder.config.global_theta
-        extend_context(encoder, max_tokens=phase.settings.max_tokens, global_theta=theta)
-        decayed, _ = self.optimizer.param_groups
-        decayed["weight_decay"] = phase.settings.weight_decay
+        theta = phase.settings.global_theta or self.encoder.config.global_theta
+        extend_context(self.encoder, max_tokens=phase.settings.max_tokens, global_theta=theta)
+        for group in self.optimizer.param_groups:
+            if group["decays"]:
+                group["weight_decay"] = phase.settings.weight_decay
 
     @torch.no_grad()
     def take_into_average(self) -> None:
@@ -99,13 +103,16 @@ def starting_shape(configuration: PretrainConfiguration, manifest: Manifest) -> 
     """
     settings = configuration.model
     if settings.start is None:
-        return shape_of(settings, manifest)
+        return shape_of(settings, manifest, causal=configuration.objective.task == "causal")
     folder = read_folder(storage.local_model(settings.start))
     if folder.config.vocab_size < manifest.vocab_size:
         raise InputError(
             f"{settings.start} has {folder.config.vocab_size} rows and the token shards ids up to "
             f"{manifest.vocab_size - 1}; prepare them with the model's tokenizer"
         )
+    if folder.config.causal != (configuration.objective.task == "causal"):
+        kind, task = ("a decoder", "causal") if folder.config.causal else ("an encoder", "masked")
+        raise InputError(f"{settings.start} is {kind}; set objective.task to {task!r}, or start from another model")
     return folder.config
 
 
@@ -120,17 +127,19 @@ def begin(configuration: PretrainConfiguration, manifest: Manifest, replicas: Re
     options: dict[str, Any] = {"attention": work.attention, "dtype": dtype, "device": replicas.device}
     shape = starting_shape(configuration, manifest)
     generator = torch.Generator().manual_seed(configuration.seed)
+    language_model: MaskedLanguageModel | CausalLanguageModel
     if settings.start is not None:
-        loaded = load_model(read_folder(storage.local_model(settings.start)), MASKED, **options)
-        assert isinstance(loaded, MaskedLanguageModel)
+        loaded = load_model(read_folder(storage.local_model(settings.start)), architecture_of(shape), **options)
+        assert isinstance(loaded, MaskedLanguageModel | CausalLanguageModel)
         language_model = loaded.float()
     else:
         # Drawn on the host, so that every device starts from the same weights.
-        language_model = MaskedLanguageModel(Encoder(shape, attention="blocks", dtype=dtype))
+        language_model = language_model_of(shape, dtype)
         init_weights(language_model, shape, generator)
         if settings.tile_from is not None:
             small = load_model(read_folder(storage.local_model(settings.tile_from)), MASKED)
             assert isinstance(small, MaskedLanguageModel)
+            assert isinstance(language_model, MaskedLanguageModel)
             tile(small.float(), language_model)
         encoder = language_model.model
         encoder.attention, encoder.attention_reason = choose_backend(
@@ -155,17 +164,39 @@ def begin(configuration: PretrainConfiguration, manifest: Manifest, replicas: Re
         eps=configuration.optimizer.eps,
     )
     guard = SpikeGuard(deviations=configuration.optimizer.spike_deviations)
-    return State(model, module, optimizer, LossScale.of(dtype), guard)
+    return State(model, language_model.model, module, optimizer, LossScale.of(dtype), guard)
+
+
+def architecture_of(shape: EncoderConfig) -> str:
+    return CAUSAL if shape.causal else MASKED
+
+
+def language_model_of(
+    shape: EncoderConfig, dtype: torch.dtype | None = None
+) -> MaskedLanguageModel | CausalLanguageModel:
+    """An encoder or a decoder with its head, without weights that mean anything."""
+    if shape.causal:
+        return CausalLanguageModel(Decoder(shape, attention="blocks", dtype=dtype))
+    return MaskedLanguageModel(Encoder(shape, attention="blocks", dtype=dtype))
 
 
 def take_down(
-    state: State, configuration: PretrainConfiguration, phases: tuple[Phase, ...], manifest: Manifest, first: bool
+    state: State,
+    configuration: RunSettings,
+    phases: tuple[Phase, ...],
+    facts: Mapping[str, Any],
+    first: bool,
 ) -> Checkpoint | None:
-    """A checkpoint of this state, on the first worker; the others take part where tensors are sharded."""
+    """A checkpoint of this state, on the first worker; the others take part where tensors are sharded.
+
+    Args:
+        facts: what else a run that goes on must find as it was (`Objective.facts`).
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
-        moments = state.optimizer.moments(parameter)
-        parts = {"weights": parameter, "first": moments[0], "second": moments[1]}
+        parts: dict[str, Tensor] = {"weights": parameter}
+        if parameter.requires_grad:
+            parts["first"], parts["second"] = state.optimizer.moments(parameter)
         if state.average:
             parts["average"] = state.average[name]
         for kind, part in parts.items():
@@ -184,11 +215,10 @@ def take_down(
         "scale": dataclasses.asdict(state.scale),
         "guard": dataclasses.asdict(state.guard),
         "averaged": state.averaged,
-        "shape": state.model.language_model.model.config.to_hf(),
-        "ordering": state.model.ordering is not None,
-        "manifest": manifest.fingerprint,
+        "shape": state.encoder.config.to_hf(),
         "seed": configuration.seed,
         "phases": [[phase.name, phase.settings.model_dump()] for phase in phases],
+        "facts": dict(facts),
     }
     return Checkpoint(state.step, tensors, record)
 
@@ -205,9 +235,10 @@ def bring_back(state: State, checkpoint: Checkpoint) -> None:
     state.averaged = record["averaged"]
     state.optimizer.steps = record["optimizer_steps"]
     for name, parameter in state.model.named_parameters():
-        first, second = state.optimizer.moments(parameter)
-        for kind, part in (("weights", parameter), ("first", first), ("second", second)):
-            fill(part, tensors[f"{kind}.{name}"])
+        fill(parameter, tensors[f"weights.{name}"])
+        if parameter.requires_grad:
+            for kind, part in zip(("first", "second"), state.optimizer.moments(parameter), strict=True):
+                fill(part, tensors[f"{kind}.{name}"])
         if state.averaged:
             state.average[name] = torch.empty_like(parameter, requires_grad=False)
             fill(state.average[name], tensors[f"average.{name}"])
@@ -221,12 +252,16 @@ def checkpoint_bytes(shape: EncoderConfig, *, average: bool) -> int:
 
 
 def check_resumable(
-    record: Mapping[str, Any], shape: EncoderConfig, configuration: PretrainConfiguration, phases: tuple[Phase, ...]
+    record: Mapping[str, Any],
+    shape: EncoderConfig,
+    configuration: RunSettings,
+    phases: tuple[Phase, ...],
+    facts: Mapping[str, Any],
 ) -> None:
     """See that a run with these settings may go on from a checkpoint.
 
     Raises:
-        InputError: it is of another model or seed, or its phases, as far as they were trained, are not these.
+        InputError: it is of another model, seed or objective, or has trained other phases than these.
     """
     again = "use the old settings, or another output for a new run"
     before = EncoderConfig.from_hf(record["shape"])
@@ -234,8 +269,9 @@ def check_resumable(
         old, new = getattr(before, item.name), getattr(shape, item.name)
         if item.name not in CHANGES_WITH_PHASES and old != new:
             raise InputError(f"the checkpoint is of another architecture: {item.name} is {old}, not {new}; {again}")
-    if record["ordering"] != (configuration.objective.ordering_weight > 0):
-        raise InputError(f"the checkpoint is of another architecture: sentence ordering was switched since; {again}")
+    for name, value in facts.items():
+        if record["facts"].get(name) != value:
+            raise InputError(f"the run began with {name} {record['facts'].get(name)}, not {value}; {again}")
     if record["seed"] != configuration.seed:
         raise InputError(f"the run began with seed {record['seed']}, not {configuration.seed}; {again}")
     trained = record["phases"][: record["phase"] + 1]
@@ -261,20 +297,37 @@ def check_resumable(
 
 
 def save_model(state: State, output: str, tokenizer_folder: str, *, first: bool) -> None:
-    """Write the model folder of a run, OUTPUT/model; all workers take part where weights are sharded."""
-    language_model = state.model.language_model
-    weights = {name: on_host(p) for name, p in ((n, whole(p)) for n, p in language_model.named_parameters()) if first}
+    """Write the model folder of a pretraining, OUTPUT/model; all workers take part where weights are sharded."""
+    model = state.model
+    assert isinstance(model, Pretraining)
+    weights = whole_weights(model.language_model, first=first)
     if not first:
         return
     with torch.device("meta"):
-        plain = MaskedLanguageModel(Encoder(language_model.model.config, attention="blocks"))
+        plain = language_model_of(state.encoder.config)
     plain.load_state_dict(weights, assign=True, strict=False)  # the tied decoder has no weight of its own
-    if plain.model.config.tie_word_embeddings:
+    if state.encoder.config.tie_word_embeddings:
         plain.decoder.weight = plain.model.embeddings.tok_embeddings.weight
+    write_model(output, lambda folder: save_folder(plain, folder, tokenizer_from=tokenizer_folder))
+
+
+def whole_weights(module: nn.Module, *, first: bool) -> dict[str, Tensor]:
+    """The parameters on the host, on the first worker; the others take part where they are sharded."""
+    return {name: on_host(p) for name, p in ((n, whole(p)) for n, p in module.named_parameters()) if first}
+
+
+def write_model(output: str, write: Callable[[str | Path], Path]) -> None:
+    """Have a model folder written to OUTPUT/model, local or on S3.
+
+    Args:
+        write: writes it to the local folder that it is given, and returns that.
+    """
     files, path = storage.filesystem(output)
     if isinstance(files, LocalFileSystem):
-        save_folder(plain, f"{path}/{MODEL}", tokenizer_from=tokenizer_folder)
+        write(f"{path}/{MODEL}")
         return
     with tempfile.TemporaryDirectory(prefix="nightloom-model-") as folder:
-        for file in sorted(save_folder(plain, Path(folder) / MODEL, tokenizer_from=tokenizer_folder).iterdir()):
-            copy_file(LocalFileSystem(), str(file), files, f"{path}/{MODEL}/{file.name}")
+        written = write(Path(folder) / MODEL)
+        for file in sorted(file for file in written.rglob("*") if file.is_file()):
+            name = file.relative_to(written).as_posix()
+            copy_file(LocalFileSystem(), str(file), files, f"{path}/{MODEL}/{name}")

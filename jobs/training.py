@@ -1,49 +1,28 @@
 """The training loop: bins in, steps taken, a line for each. Plain PyTorch; one worker or many, with Ray or without.
 
-What a step does follows from the state before it and from the token shards: not from the number of workers, from
-restarts, or from timing. Losses and gradients are means over the masked tokens of the whole global batch.
+What is learned is an `Objective`'s; what a step does follows from the state before it and from the data: not from the
+number of workers, from restarts, or from timing. Losses and gradients are means over the whole global batch.
 """
 
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from jobs.checkpoints import Checkpoints
-from jobs.monitor import Monitor
-from jobs.phases import Phase, PretrainConfiguration
+from jobs.monitor import Monitor, measure_ceiling
+from jobs.objective import Objective, Share
+from jobs.phases import Phase, RunSettings
 from jobs.replicas import Replicas
-from jobs.state import State, save_model, take_down
-from model.batch import PackedBatch
-from model.flops import cost
-from model.losses import IGNORED, Pretraining
+from jobs.state import State, bring_back, take_down
 from model.optimizer import gradient_norm, scale_gradients
-from pipeline.shards import TokenShards
-from pipeline.stream import Bin, Step, TokenStream
 
 log = logging.getLogger(__name__)
-
-BLANK = Bin(
-    tokens_T=np.zeros(1, np.int64),
-    cu_seqlens=np.array([0, 1], np.int32),
-    max_seqlen=1,
-    masked_M=np.empty(0, np.int64),
-    targets_M=np.empty(0, np.int64),
-    ordering_S=np.full(1, IGNORED, np.int64),
-    documents_S=np.zeros(1, np.uint64),
-    starts_S=np.zeros(1, np.int64),
-    positions_T=np.full(1, -1, np.int32),
-    epoch=0,
-    name="blank",
-)
-"""What a worker with fewer bins than others takes part with; nothing in it is to be predicted."""
 
 
 class Diverged(RuntimeError):
@@ -66,9 +45,9 @@ class Signals:
 class Run:
     """What stays the same from step to step."""
 
-    configuration: PretrainConfiguration
+    configuration: RunSettings
     phases: tuple[Phase, ...]
-    shards: TokenShards
+    objective: Objective
     checkpoints: Checkpoints
     replicas: Replicas = field(default_factory=Replicas)
     monitor: Monitor | None = None
@@ -91,9 +70,8 @@ def train(run: Run, state: State) -> str:
     while state.phase < len(run.phases):
         phase = run.phases[state.phase]
         state.enter(phase)
-        stream = TokenStream(run.shards, phase.stream)
-        held_out = list(stream.evaluation(rank=replicas.rank, num_workers=replicas.size, max_bins=keep.evaluation_bins))
-        steps = stream.steps(state.stream, rank=replicas.rank, num_workers=replicas.size)
+        held_out = run.objective.held_out(phase, replicas)
+        steps = run.objective.steps(phase, state.stream, replicas)
         with closing(steps):  # which ends its thread
             while state.stream.step < phase.num_steps:
                 started = time.perf_counter()
@@ -106,7 +84,7 @@ def train(run: Run, state: State) -> str:
                 if averaging and (ends or state.stream.step % phase.settings.average_every == 0):
                     state.take_into_average()
                 if ends or (keep.evaluate_every and state.step % keep.evaluate_every == 0):
-                    line |= evaluate(run, state, held_out)
+                    line |= run.objective.evaluate(state, replicas, held_out)
                 if ends:
                     state.phase, state.stream = state.phase + 1, type(state.stream)()
                 signal = run.signals.look() if line.pop("asked") else None
@@ -125,34 +103,22 @@ def train(run: Run, state: State) -> str:
     return "done"
 
 
-def take_step(run: Run, state: State, phase: Phase, step: Step) -> dict[str, Any]:
+def take_step(run: Run, state: State, phase: Phase, step: Share) -> dict[str, Any]:
     """One optimizer step over a global batch; moves the state past it. Returns the step's line."""
-    replicas, objective, optimizer = run.replicas, run.configuration.objective, state.optimizer
-    counts = replicas.sum(
+    replicas, objective, optimizer = run.replicas, run.objective, state.optimizer
+    flops, digest, asked, *counts = replicas.sum(
         [
-            sum(len(b.masked_M) for b in step.bins),
-            sum(int((b.ordering_S != IGNORED).sum()) for b in step.bins),
+            objective.flops(state, step),
             # Forty bits of each bin's hash: their sum is exact, and the same however the bins are shared out.
             sum(int(b.digest()[:10], 16) for b in step.bins),
-            sum(training_flops(state, b) for b in step.bins),
             float(run.signals.due()),
+            *objective.counts(step),
         ]
     )
-    masked, pairs = max(counts[0], 1.0), max(counts[1], 1.0)
-    scale = state.scale.value * replicas.loss_factor
     optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros(len(Pretraining.SUMS), dtype=torch.float64, device=replicas.device)
-    bins = share(step)
-    for number, item in enumerate(bins):
-        with replicas.accumulating(state.module, last=number == len(bins) - 1):
-            loss, parts = state.module(
-                *on_device(item, replicas), scale / masked, scale * objective.ordering_weight / pairs
-            )
-            loss.backward()
-        sums += parts
-    loss_sum, z_sum, correct, ordering_sum, ordering_correct = replicas.sum(sums.tolist())
+    sums = objective.learn(state, replicas, step, counts, state.scale.value * replicas.loss_factor)
+    total, values = objective.line(counts, replicas.sum(sums))
     norm = gradient_norm(state.model) / state.scale.value
-    total = (loss_sum + objective.z_weight * z_sum) / masked + objective.ordering_weight * ordering_sum / pairs
     overflowed = state.scale.value > 1 and math.isfinite(total) and not math.isfinite(norm)
     if not math.isfinite(total + norm) and not overflowed:
         raise Diverged(find_cause(run, state, phase, step))
@@ -170,29 +136,25 @@ def take_step(run: Run, state: State, phase: Phase, step: Step) -> dict[str, Any
     line = {
         "step": state.step,
         "phase": phase.name,
-        "epoch": max((b.epoch for b in step.bins), default=step.after.epoch),
-        "loss": loss_sum / masked,
-        "accuracy": correct / masked,
+        "epoch": step.epoch,
+        **values,
         "gradient_norm": norm if math.isfinite(norm) else None,
         "learning_rate": rate,
         "skipped": not accepted,
         "tokens": state.tokens,
-        "masked": int(counts[0]),
         "bins": step.num_bins,
-        "padding": 1 - step.num_tokens / (step.num_bins * phase.stream.tokens_per_bin),
-        "digest": f"{int(counts[2]) % (1 << 40):010x}",
+        "padding": 1 - step.num_tokens / step.capacity,
+        "digest": f"{int(digest) % (1 << 40):010x}",
         "workers": replicas.size,
-        "flops": counts[3],
-        "asked": counts[4] > 0,
+        "flops": flops,
+        "asked": asked > 0,
     }
-    if state.model.ordering is not None:
-        line |= {"ordering_loss": ordering_sum / pairs, "ordering_accuracy": ordering_correct / pairs}
     if state.scale.value > 1:
         line["loss_scale"] = state.scale.value
     return line
 
 
-def speed(run: Run, line: dict[str, Any], step: Step, *, seconds: float, waited: float) -> dict[str, Any]:
+def speed(run: Run, line: dict[str, Any], step: Share, *, seconds: float, waited: float) -> dict[str, Any]:
     """How fast a step was, as the first worker saw it."""
     return {
         "seconds": round(seconds, 4),
@@ -202,97 +164,94 @@ def speed(run: Run, line: dict[str, Any], step: Step, *, seconds: float, waited:
     }
 
 
-def share(step: Step) -> list[Bin]:
-    """This worker's bins, with blank ones up to the number that every worker goes through."""
-    return [*step.bins, *[BLANK] * (step.max_bins - len(step.bins))]
-
-
-def on_device(item: Bin, replicas: Replicas) -> tuple[PackedBatch, Tensor, Tensor, Tensor]:
-    """A bin as `Pretraining` takes it."""
-    arrays = (item.tokens_T, item.cu_seqlens, item.masked_M, item.targets_M, item.ordering_S)
-    tokens, offsets, masked, targets, ordering = (
-        torch.from_numpy(array).to(replicas.device, non_blocking=True) for array in arrays
-    )
-    batch = PackedBatch(tokens, offsets, item.max_seqlen, tuple(item.cu_seqlens.tolist()))
-    return batch, masked, targets, ordering
-
-
-def training_flops(state: State, item: Bin) -> int:
-    """What the mathematics of a bin's step needs; recomputed activations are no work of their own."""
-    config = state.model.language_model.model.config
-    lengths = np.diff(item.cu_seqlens).tolist()
-    return cost(config, lengths, mode="training", predicted_tokens=len(item.masked_M)).flops
-
-
-def held_out_bins(run: Run, stream: TokenStream) -> list[Bin]:
-    """This worker's share of the bins of an evaluation, which are the same every time."""
-    replicas, most = run.replicas, run.configuration.keep.evaluation_bins
-    return list(stream.evaluation(rank=replicas.rank, num_workers=replicas.size, max_bins=most))
-
-
-@torch.no_grad()
-def evaluate(run: Run, state: State, held_out: Sequence[Bin]) -> dict[str, float]:
-    """Loss and accuracy on the held-out bins, this worker's share of which is given."""
-    replicas = run.replicas
-    most = max(replicas.gather(len(held_out)))
-    sums = torch.zeros(len(Pretraining.SUMS), dtype=torch.float64, device=replicas.device)
-    with replicas.gathered(state.model):
-        for item in [*held_out, *[BLANK] * (most - len(held_out))]:
-            sums += state.model(*on_device(item, replicas))[1]
-    counts = [sum(len(b.masked_M) for b in held_out), sum(int((b.ordering_S != IGNORED).sum()) for b in held_out)]
-    masked, pairs, loss, _, correct, ordering, ordering_correct = replicas.sum([*counts, *sums.tolist()])
-    if not masked:
-        return {}
-    values = {"heldout_loss": loss / masked, "heldout_accuracy": correct / masked}
-    if pairs:
-        values |= {"heldout_ordering_loss": ordering / pairs, "heldout_ordering_accuracy": ordering_correct / pairs}
-    return values
-
-
 def save(run: Run, state: State) -> None:
     """Begin to write a checkpoint, after what leads up to it."""
     if run.monitor:
         run.monitor.mirror()
     first = run.replicas.is_first
-    checkpoint = take_down(state, run.configuration, run.phases, run.shards.manifest, first)
+    checkpoint = take_down(state, run.configuration, run.phases, run.objective.facts(), first)
     if checkpoint is not None:
         run.checkpoints.save(checkpoint)
 
 
 def finish(run: Run, state: State) -> None:
     """Write the model: the average over the decay where it is better on held-out text, else the last weights."""
-    first, output = run.replicas.is_first, run.configuration.output
+    objective, replicas = run.objective, run.replicas
     state.enter(run.phases[-1])
     if state.average:
-        held_out = held_out_bins(run, TokenStream(run.shards, run.phases[-1].stream))
-        last = evaluate(run, state, held_out).get("heldout_loss", math.inf)
+        held_out = objective.held_out(run.phases[-1], replicas)
+        last = objective.evaluate(state, replicas, held_out).get("heldout_loss", math.inf)
         state.swap_average()
-        mean = evaluate(run, state, held_out).get("heldout_loss", math.inf)
+        mean = objective.evaluate(state, replicas, held_out).get("heldout_loss", math.inf)
         if mean > last:
             state.swap_average()
-        if first:
+        if replicas.is_first:
             log.info("held-out loss %.4f, of the average of %d weights %.4f", last, state.averaged, mean)
-    save_model(state, output, run.shards.tokenizer_folder() if first else "", first=first)
-    run.replicas.wait()
+    objective.save(state, run.configuration.output, first=replicas.is_first)
+    replicas.wait()
 
 
-def find_cause(run: Run, state: State, phase: Phase, step: Step) -> str:
+def find_cause(run: Run, state: State, phase: Phase, step: Share) -> str:
     """Which bin a loss or gradient that is no number comes from: each again by itself, with blanks on other workers."""
     replicas, where = run.replicas, f"phase {phase.name!r}, step {state.step + 1}"
-    bins = share(step)
     for rank in range(replicas.size):
-        for item in bins:
-            item = item if rank == replicas.rank else BLANK
+        for number in range(step.max_bins):
+            item = step.bins[number] if rank == replicas.rank and number < len(step.bins) else None
             state.optimizer.zero_grad(set_to_none=True)
-            with replicas.accumulating(state.module, last=True):
-                loss, _ = state.module(*on_device(item, replicas), 1.0, 1.0)
-                loss.backward()
-            value = replicas.sum([float(loss.detach())])[0]
+            value = replicas.sum([run.objective.alone(state, replicas, item)])[0]
             if not math.isfinite(value + gradient_norm(state.model)):
-                name = replicas.gather(item.name)[rank]
+                name = replicas.gather(item.name if item else "")[rank]
                 what = "loss" if not math.isfinite(value) else "gradient"
                 return (
                     f"{where}: the {what} is no number, because of {name}; the last checkpoint is whole, so go on from "
                     "it with a lower learning rate or in a wider dtype, or take the bin's documents out"
                 )
     return f"{where}: loss or gradient is no number, though each bin by itself gives one; go on with a lower rate"
+
+
+def resume(
+    configuration: RunSettings,
+    phases: tuple[Phase, ...],
+    objective: Objective,
+    state: State,
+    replicas: Replicas,
+    signals: Signals,
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Train from the latest checkpoint of a run, or from its beginning; with Ray or without.
+
+    Args:
+        state: the beginning.
+        show: gets every line, on the first worker.
+
+    Returns:
+        status ("done", "stopped", "diverged" with its message), steps and tokens done, and the last values of loss.
+    """
+    checkpoints = Checkpoints(configuration.output, configuration.keep.checkpoints)
+    steps = checkpoints.steps()
+    # Looked up by the first worker for all: another's listing may be older.
+    latest = replicas.gather(steps[-1] if steps else None)[0]
+    if latest is not None:
+        bring_back(state, checkpoints.load(latest))
+    last: dict[str, Any] = {}
+
+    def show_and_keep(line: dict[str, Any]) -> None:
+        last.update((key, line[key]) for key in ("loss", "heldout_loss") if line.get(key) is not None)
+        if show:
+            show(line)
+
+    monitor = Monitor(configuration.output, state.step, show_and_keep) if replicas.is_first else None
+    dtype = state.encoder.compute_dtype or torch.float32
+    ceiling = measure_ceiling(state.encoder.config, dtype, replicas.device)
+    run = Run(configuration, phases, objective, checkpoints, replicas, monitor, signals, ceiling)
+    result: dict[str, Any] = {"message": ""}
+    try:
+        result["status"] = train(run, state)
+    except Diverged as error:
+        # Every worker comes here at the same step. Raised, it would be tried again, and end the same way.
+        checkpoints.wait()
+        result |= {"status": "diverged", "message": str(error)}
+    finally:
+        if monitor:
+            monitor.close(plot=True)
+    return result | {"step": state.step, "tokens": state.tokens, "last": last}

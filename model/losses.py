@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.batch import PackedBatch
+from model.config import EncoderConfig
 from model.decoder import CausalLanguageModel
 from model.encoder import Linear
 from model.heads import MaskedLanguageModel, PredictionHead
@@ -95,10 +96,10 @@ class MaskedCrossEntropy(torch.autograd.Function):
 class OrderingHead(nn.Module):
     """Whether the two segments of a sequence stand in their order or were swapped (ALBERT, arXiv 1909.11942)."""
 
-    def __init__(self, model: MaskedLanguageModel) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.head = PredictionHead(model.model.config)
-        self.classifier = Linear(model.model.config.hidden_size, 2)
+        self.head = PredictionHead(config)
+        self.classifier = Linear(config.hidden_size, 2)
 
     def forward(self, first_SD: Tensor, dtype: torch.dtype) -> Tensor:
         """Logits (S, 2) from the vectors of the first tokens, [CLS]."""
@@ -106,21 +107,28 @@ class OrderingHead(nn.Module):
 
 
 class Pretraining(nn.Module):
-    """An encoder with its masked-token head, and an ordering head where asked for, that returns losses.
+    """An encoder with its masked-token head, and an ordering head where asked for, or a decoder with its next-token
+    head, that returns losses.
 
     Args:
-        language_model: encoder and masked-token head; saved by itself at the end.
-        ordering: whether there is an ordering head. Without one there is no ordering loss.
-        z_weight: of log(Z)^2 in the masked-token loss, which keeps logits from drifting (0 for none).
+        language_model: encoder or decoder with its head; saved by itself at the end.
+        ordering: whether there is an ordering head, for an encoder. Without one there is no ordering loss.
+        z_weight: of log(Z)^2 in the token loss, which keeps logits from drifting (0 for none).
     """
 
     SUMS = ("loss", "z", "correct", "ordering_loss", "ordering_correct")
     """What `forward` reports, summed over the batch."""
 
-    def __init__(self, language_model: MaskedLanguageModel, *, ordering: bool = False, z_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        language_model: MaskedLanguageModel | CausalLanguageModel,
+        *,
+        ordering: bool = False,
+        z_weight: float = 0.0,
+    ) -> None:
         super().__init__()
         self.language_model = language_model
-        self.ordering = OrderingHead(language_model) if ordering else None
+        self.ordering = OrderingHead(language_model.model.config) if ordering else None
         self.z_weight = z_weight
 
     def forward(
@@ -135,23 +143,24 @@ class Pretraining(nn.Module):
         """The weighted loss, for a backward pass, and the five unweighted `SUMS`, without a gradient.
 
         Args:
-            masked_M: int64 indices of the packed tokens to predict; may be empty.
-            targets_M: int64, the tokens that stood there.
+            masked_M: int64 indices of the packed tokens that something is predicted at; may be empty.
+            targets_M: int64, the tokens that stood there, or that come next.
             ordering_S: int64, 0 for segments in order, 1 for swapped ones, `IGNORED` for neither.
             masked_scale: what the sum of the masked-token losses is multiplied by: one over the masked tokens of the
                 global batch.
             ordering_scale: the same for ordering, with its weight.
         """
         model = self.language_model
+        head, dtype = model.head if isinstance(model, MaskedLanguageModel) else model.lm_head, model.model.dtype
         hidden_TD = model.model(batch)
-        head_MD = model.head(hidden_TD[masked_M], model.dtype)
+        head_MD = head(hidden_TD[masked_M], dtype)
         summed, sums = MaskedCrossEntropy.apply(
             head_MD, model.decoder.weight, model.decoder.bias, targets_M, self.z_weight, torch.is_grad_enabled()
         )
         loss = summed * masked_scale
         ordering_sums = sums.new_zeros(2)
         if self.ordering is not None:
-            logits_S2 = self.ordering(hidden_TD[batch.cu_seqlens[:-1].long()], model.dtype)
+            logits_S2 = self.ordering(hidden_TD[batch.cu_seqlens[:-1].long()], dtype)
             ordering = F.cross_entropy(logits_S2, ordering_S, ignore_index=IGNORED, reduction="sum")
             loss = loss + ordering * ordering_scale
             correct = (logits_S2.argmax(dim=1) == ordering_S).sum()

@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, norms and biases do not."""
+    """Matrices decay, norms and biases do not. Parameters that are not trained are in neither group."""
     trained = [p for p in module.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "decays": True},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "decays": False},
     ]
 
 
@@ -36,7 +36,8 @@ class StableAdamW(torch.optim.Optimizer):
         groups: as `parameter_groups` gives them. A parameter may be sharded (a DTensor): the mean goes over the whole
             of it.
         lr: the rate now; a schedule sets it in every group before each step.
-        peak_lr: the highest rate of the schedule; weight decay is scaled by lr / peak_lr.
+        peak_lr: the highest rate of the schedule; weight decay is scaled by lr / peak_lr. A group's `rate_scale` (1 by
+            default) multiplies its rate, and not its decay.
         betas, eps: as in Adam.
     """
 
@@ -50,11 +51,12 @@ class StableAdamW(torch.optim.Optimizer):
         eps: float = 1e-6,
     ) -> None:
         defaults = {"lr": lr, "peak_lr": peak_lr or lr, "betas": betas, "eps": eps, "steps": 0, "weight_decay": 0.0}
+        defaults["rate_scale"] = 1.0
         super().__init__(groups, defaults)
 
     def set_rate(self, lr: float, peak_lr: float) -> None:
         for group in self.param_groups:
-            group["lr"], group["peak_lr"] = lr, peak_lr
+            group["lr"], group["peak_lr"] = lr * group["rate_scale"], peak_lr * group["rate_scale"]
 
     def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """First and second moment, sharded as the parameter is; zeros before the first step."""

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from pipeline.packing import deal_bins, fill_bins
 from pipeline.permutation import key_of, permute
 from pipeline.sequences import cut, cut_pairs, lay_out
 from pipeline.shards import HELD_OUT_SPLIT, TRAIN, ShardEntry, TokenShards
+
+Item = TypeVar("Item")
 
 SHARDS, SEQUENCES, BINS = 4, 5, 6
 """Words of keys that say what is shuffled."""
@@ -51,6 +54,8 @@ class StreamConfig:
     """Shards that are shuffled together."""
     ordering: bool = False
     """Make pairs of segments, half of them swapped, for sentence ordering."""
+    causal: bool = False
+    """Every token but the last of its sequence predicts the next one; nothing is masked."""
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
     def __post_init__(self) -> None:
@@ -101,9 +106,9 @@ class Bin:
     """int32, S + 1 offsets of the sequences."""
     max_seqlen: int
     masked_M: np.ndarray
-    """int64, ascending: which tokens are to be predicted. There may be none."""
+    """int64, ascending: where something is to be predicted. There may be none."""
     targets_M: np.ndarray
-    """int64 ids: what they are."""
+    """int64 ids: what it is: the masked token there, or the next one."""
     ordering_S: np.ndarray
     """int64: 0 segments in their order, 1 swapped, -100 no pair."""
     documents_S: np.ndarray
@@ -145,6 +150,10 @@ class Step:
     """Of all workers together."""
     max_bins: int
     """Most bins that a worker has: those with one less may have to keep in step."""
+    capacity: int
+    """Tokens that all its bins could hold."""
+    epoch: int
+    """Of its last bin."""
     after: StreamState
     """What to resume with when this step is done."""
 
@@ -233,7 +242,8 @@ class TokenStream:
                 mine = [picked[i] for i in dealt[rank].tolist()]
                 built = tuple(self._build(window, i, place, rate) for place, window, i in mine)
                 tokens = sum(int(w.tokens_B[i]) for _, w, i in picked)
-                yield Step(state.step, built, wanted, tokens, max(map(len, dealt)), after)
+                most, capacity = max(map(len, dealt)), wanted * self.config.tokens_per_bin
+                yield Step(state.step, built, wanted, tokens, most, capacity, picked[-1][0][0], after)
                 state = after
 
     def _following(self, place: tuple[int, int]) -> tuple[int, int]:
@@ -259,14 +269,19 @@ class TokenStream:
             window.sequences, chosen, window.tokens_D, cls_id=manifest.cls_id, sep_id=manifest.sep_id
         )
         documents_S = window.keys_D[window.sequences.document_S[chosen]]
-        tokens_T, masked_M = self.masker(clear_T, documents_S, cu_seqlens, positions_T, epoch=epoch, rate=rate)
+        if self.config.causal:
+            tokens_T, masked_M = clear_T, np.delete(np.arange(len(clear_T)), cu_seqlens[1:] - 1)
+            targets_M = clear_T[masked_M + 1]
+        else:
+            tokens_T, masked_M = self.masker(clear_T, documents_S, cu_seqlens, positions_T, epoch=epoch, rate=rate)
+            targets_M = clear_T[masked_M]
         where = "held-out" if epoch == HELD_OUT else f"epoch {epoch}"
         return Bin(
             tokens_T=tokens_T,
             cu_seqlens=cu_seqlens,
             max_seqlen=int(np.diff(cu_seqlens).max()),
             masked_M=masked_M,
-            targets_M=clear_T[masked_M],
+            targets_M=targets_M,
             ordering_S=window.sequences.label_S[chosen],
             documents_S=documents_S,
             starts_S=window.sequences.start_S[chosen],
@@ -294,12 +309,12 @@ class TokenStream:
                 given += 1
 
 
-def ahead(items: Generator[Step, None, None], count: int) -> Generator[Step, None, None]:
+def ahead(items: Generator[Item, None, None], count: int) -> Generator[Item, None, None]:
     """The items, drawn in a thread up to `count` before they are asked for; what drawing raises is raised here."""
-    drawn: queue.Queue[Step | BaseException] = queue.Queue(maxsize=count)
+    drawn: queue.Queue[Item | BaseException] = queue.Queue(maxsize=count)
     left = threading.Event()
 
-    def offer(item: Step | BaseException) -> bool:
+    def offer(item: Item | BaseException) -> bool:
         while not left.is_set():
             with suppress(queue.Full):
                 drawn.put(item, timeout=0.2)

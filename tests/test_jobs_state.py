@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.objective import facts_of
 from jobs.phases import PretrainConfiguration, plan_phases, shape_of
 from jobs.replicas import Replicas
 from jobs.state import begin, bring_back, check_resumable, checkpoint_bytes, save_model, starting_shape, take_down
@@ -51,7 +52,7 @@ def test_what_is_taken_down_comes_back(manifest: Manifest) -> None:
     made = configuration()
     phases = plan_phases(made)
     state = moved(begin(made, manifest, Replicas()))
-    checkpoint = take_down(state, made, phases, manifest, first=True)
+    checkpoint = take_down(state, made, phases, facts_of(made.objective), first=True)
     assert checkpoint is not None
     checkpoint = dataclasses.replace(checkpoint, record=json.loads(json.dumps(checkpoint.record)))
     other = begin(made, manifest, Replicas())
@@ -100,7 +101,7 @@ def test_entering_a_phase_sets_length_theta_and_decay(manifest: Manifest) -> Non
 
 def record_of(made: PretrainConfiguration, manifest: Manifest) -> dict[str, Any]:
     state = moved(begin(made, manifest, Replicas()))
-    checkpoint = take_down(state, made, plan_phases(made), manifest, first=True)
+    checkpoint = take_down(state, made, plan_phases(made), facts_of(made.objective), first=True)
     assert checkpoint is not None
     return json.loads(json.dumps(checkpoint.record))
 
@@ -110,7 +111,7 @@ def record_of(made: PretrainConfiguration, manifest: Manifest) -> dict[str, Any]
     [
         ({"model": SMALL | {"num_layers": 4}}, "another architecture: num_layers is 3, not 4"),
         ({"model": SMALL | {"hidden_size": 64}}, "another architecture: hidden_size is 32, not 64"),
-        ({"objective": {"ordering_weight": 0.1}}, "sentence ordering was switched"),
+        ({"objective": {"ordering_weight": 0.1}}, "began with sentence ordering False, not True"),
         ({"seed": 5}, "began with seed 0, not 5"),
         ({"phases": {"first": PHASES["first"]}}, "stands in phase 'second', which cannot be reached"),
         ({"phases": {"other": PHASES["first"], "second": PHASES["second"]}}, "phase 0 .* is not 'first'"),
@@ -122,7 +123,7 @@ def record_of(made: PretrainConfiguration, manifest: Manifest) -> dict[str, Any]
 def test_what_does_not_belong_together_is_one_line(changes: dict[str, Any], message: str, manifest: Manifest) -> None:
     record, made = record_of(configuration(), manifest), configuration(**changes)
     with pytest.raises(InputError, match=message):
-        check_resumable(record, shape_of(made.model, manifest), made, plan_phases(made))
+        check_resumable(record, shape_of(made.model, manifest), made, plan_phases(made), facts_of(made.objective))
 
 
 def test_the_rest_of_a_run_may_change(manifest: Manifest) -> None:
@@ -130,7 +131,7 @@ def test_the_rest_of_a_run_may_change(manifest: Manifest) -> None:
     record = record_of(configuration(), manifest)
     phases = PHASES | {"second": {"tokens": 3 * 10**6, "max_tokens": 512}, "third": {"tokens": 10**6}}
     made = configuration(phases=phases, work={"workers": 2}, keep={"checkpoint_every": 7})
-    check_resumable(record, shape_of(made.model, manifest), made, plan_phases(made))
+    check_resumable(record, shape_of(made.model, manifest), made, plan_phases(made), facts_of(made.objective))
 
 
 def test_a_run_can_start_from_a_folder_and_grow_out_of_one(
@@ -157,7 +158,7 @@ def test_a_run_can_start_from_a_folder_and_grow_out_of_one(
 def test_bytes_of_a_checkpoint_are_about_right(manifest: Manifest) -> None:
     made = configuration()
     state = begin(made, manifest, Replicas())
-    checkpoint = take_down(state, made, plan_phases(made), manifest, first=True)
+    checkpoint = take_down(state, made, plan_phases(made), facts_of(made.objective), first=True)
     assert checkpoint is not None
     real = sum(t.numel() * t.element_size() for t in checkpoint.tensors.values())
     assert checkpoint_bytes(shape_of(made.model, manifest), average=False) == pytest.approx(real, rel=0.02)

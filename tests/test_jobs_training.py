@@ -277,7 +277,7 @@ def test_sentence_ordering_is_trained_beside(text_shards: Path, tmp_path: Path) 
     losses = [item["ordering_loss"] for item in lines]
     assert 0.5 < losses[0] < 0.9  # ln 2 is a guess; what follows is a handful of pairs at a high learning rate
     assert all(0.2 < loss < 2.5 for loss in losses), losses
-    with pytest.raises(InputError, match="sentence ordering was switched"):
+    with pytest.raises(InputError, match="began with sentence ordering True, not False"):
         check(configuration(text_shards, output))
 
 

@@ -1,0 +1,260 @@
+"""A group of workers under Ray Train, whatever they train: started, watched, told to stop, and reported on.
+
+Ray Train places the workers, joins them and replaces them; it knows nothing of checkpoints. Whenever a group starts,
+for the first time, after a death or after a change of size, it goes on from the latest checkpoint in the run's folder:
+so a run that was killed altogether is resumed by the same command, and by the same code.
+"""
+
+import json
+import logging
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Waiting
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+import torch
+
+from cluster.session import local_cpus, session
+from jobs.checkpoints import Checkpoints
+from jobs.monitor import Display
+from jobs.phases import Phase, RunSettings
+from jobs.replicas import Replicas
+from jobs.report import clock, line
+from jobs.state import MODEL
+from jobs.training import Diverged, Signals
+from pipeline.shards import write_file
+from pipeline.storage import filesystem
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 5.0
+"""How often the workers look together whether a machine is about to be taken away."""
+FIXED_START_S, ELASTIC_START_S = 600, 30
+"""How long Ray waits for the places of all workers. A group of one size waits for machines that boot, or are busy. One
+that may shrink must not: Ray hears of a machine's death late, asks for a place on it, and only when this is over looks
+again how many there are.
+"""
+SETTINGS = "configuration.json"
+
+Loop = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""What each worker runs: gets "configuration" (as a dictionary) and what `member` reads; returns what `resume` does."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingReport:
+    """What a job that trains did."""
+
+    job: str
+    status: str
+    """done: the model is written; stopped: a checkpoint is; unchanged: it was done before."""
+    output: str
+    steps: int
+    """In all phases and all runs of this output."""
+    tokens: int
+    loss: float | None
+    """Of the last step."""
+    heldout_loss: float | None
+    """Of the last evaluation."""
+    seconds: float
+    """Of this run."""
+
+    def summary(self) -> str:
+        head = {
+            "done": f"{self.steps:,} steps; the model is in {self.output}/model.",
+            "stopped": f"Stopped after step {self.steps:,} with a checkpoint; the same command goes on.",
+            "unchanged": f"Nothing to train: all {self.steps:,} steps of {self.output} are done.",
+        }[self.status]
+        lines = [head, "", line("tokens", f"{self.tokens:,}")]
+        lines += [line("loss", f"{self.loss:.4f}")] if self.loss is not None else []
+        lines += [line("held out", f"{self.heldout_loss:.4f}")] if self.heldout_loss is not None else []
+        return "\n".join([*lines, line("time", clock(self.seconds))])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def run_group(name: str, loop: Loop, configuration: RunSettings, phases: tuple[Phase, ...]) -> TrainingReport:
+    """Train under Ray Train, from wherever the output stands. Everything that can be wrong was checked before.
+
+    Args:
+        name: of the job, for its report.
+
+    Raises:
+        Diverged: a loss or a gradient is no number.
+        KeyboardInterrupt: SIGTERM or Ctrl-C; a checkpoint was written.
+    """
+    started, output, work = time.monotonic(), configuration.output, configuration.work
+    checkpoints = Checkpoints(output, configuration.keep.checkpoints)
+    steps = checkpoints.steps()
+    record = checkpoints.read_record(steps[-1]) if steps else {}
+    if record.get("phase") == len(phases) and has_model(output):
+        seconds = round(time.monotonic() - started, 1)
+        return TrainingReport(name, "unchanged", output, steps[-1], record["tokens"], None, None, seconds)
+    write_file(output, SETTINGS, configuration.model_dump_json(indent=1).encode() + b"\n")
+    with session(work.address, num_cpus=max(local_cpus(), work.workers + 1)):
+        result = fit(loop, configuration, Display(sum(phase.num_steps for phase in phases)))
+    if result["status"] == "diverged":
+        raise Diverged(result["message"])
+    return TrainingReport(
+        job=name,
+        status=result["status"],
+        output=output,
+        steps=result["step"],
+        tokens=result["tokens"],
+        loss=result["last"].get("loss"),
+        heldout_loss=result["last"].get("heldout_loss"),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def has_model(output: str) -> bool:
+    files, path = filesystem(output)
+    return files.get_file_info(f"{path}/{MODEL}/config.json").is_file
+
+
+class Board:
+    """An actor between the driver and the first worker: lines one way, the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.stopping = False
+
+    def post(self, line: dict[str, Any]) -> bool:
+        self.lines = [*self.lines, line][-100:]
+        return self.stopping
+
+    def take(self) -> list[dict[str, Any]]:
+        lines, self.lines = self.lines, []
+        return lines
+
+    def stop(self) -> None:
+        self.stopping = True
+
+
+class RaySignals(Signals):
+    """Preemption notices of Ray, and the driver's wish to stop."""
+
+    def __init__(self, board: Any, *, first: bool) -> None:
+        self.board, self.first = board, first
+        self.answer: Any = None
+        self.stopping = False
+        self.looked = time.monotonic()
+        self.saved_for: tuple[str, ...] = ()
+
+    def post(self, line: dict[str, Any]) -> None:
+        """Send a line; the answer to the one before says whether to stop. Nothing here waits."""
+        if self.answer is not None and ray.wait([self.answer], timeout=0)[0]:
+            self.stopping = bool(ray.get(self.answer)) or self.stopping
+            self.answer = None
+        answer = self.board.post.remote(line)
+        self.answer = self.answer or answer
+
+    def due(self) -> bool:
+        return self.first and (self.stopping or time.monotonic() - self.looked >= LOOK_EVERY_S)
+
+    def look(self) -> str | None:
+        self.looked = time.monotonic()
+        if ray.train.collective.broadcast_from_rank_zero(self.stopping):
+            return "stop"
+        notice = ray.train.get_preemption_info()
+        nodes = tuple(notice.preempted_node_ids) if notice else ()
+        if nodes and nodes != self.saved_for:
+            # Go on afterwards: the machine may stay for minutes, and what is trained until then is not lost for sure.
+            self.saved_for = nodes
+            log.warning("a checkpoint is written because %d machines will be taken away", len(nodes))
+            return "save"
+        return None
+
+
+def fit(loop: Loop, configuration: RunSettings, display: Display) -> dict[str, Any]:
+    """Have Ray Train do it, showing lines meanwhile; what the first worker returned."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    work = configuration.work
+    elastic = work.min_workers is not None and work.min_workers < work.workers
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_S if elastic else FIXED_START_S)
+    use_gpu = work.device == "cuda" or (work.device == "auto" and torch.cuda.is_available())
+    cpus = work.cpus_per_worker or (1 if use_gpu else max(1, len(os.sched_getaffinity(0)) // work.workers))
+    # On this machine: it must outlive the machines that leave.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    with tempfile.TemporaryDirectory(prefix="nightloom-train-") as folder:
+        trainer = TorchTrainer(
+            loop,
+            train_loop_config={"configuration": configuration.model_dump(), "board": board, "use_gpu": use_gpu},
+            scaling_config=ScalingConfig(
+                num_workers=work.workers if work.min_workers is None else (work.min_workers, work.workers),
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
+                elastic_resize_monitor_interval_s=work.resize_every_s,
+            ),
+            # Ray Train keeps nothing here: checkpoints are the run's own.
+            run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=work.max_failures)),
+        )
+        try:
+            with ThreadPoolExecutor(1) as pool, stop_wishes() as wishes:
+                # Beside the main thread, where Ray would answer Ctrl-C itself by killing the workers.
+                future = pool.submit(trainer.fit)
+                while not future.done():
+                    try:
+                        future.result(timeout=0.5)
+                    except Waiting:
+                        for posted in ray.get(board.take.remote()):
+                            display.show(posted)
+                        if wishes.is_set():
+                            board.stop.remote()
+            result = future.result().return_value
+        except TrainingFailedError as error:
+            failures = list(getattr(error, "worker_failures", {}).values())
+            raise (failures[0] if failures else error) from error
+        finally:
+            display.close()
+            ray.kill(board)
+    if wishes.is_set() and result["status"] == "stopped":
+        raise KeyboardInterrupt
+    return result
+
+
+@contextmanager
+def stop_wishes() -> Iterator[threading.Event]:
+    """Set on SIGTERM or Ctrl-C; a second one of them interrupts at once."""
+    wish = threading.Event()
+
+    def note(number: int, frame: Any) -> None:
+        if wish.is_set():
+            raise KeyboardInterrupt
+        wish.set()
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield wish
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def member(job: Mapping[str, Any], configuration: RunSettings) -> tuple[Replicas, RaySignals]:
+    """Who this worker is, and what it hears; called in a `Loop`. Lines go to `RaySignals.post`."""
+    import ray.train.collective
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    replicas = Replicas(
+        context.get_world_rank(),
+        context.get_world_size(),
+        ray.train.torch.get_device() if job["use_gpu"] else torch.device("cpu"),
+        configuration.work.strategy,
+    )
+    return replicas, RaySignals(job["board"], first=replicas.is_first)

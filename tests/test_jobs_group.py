@@ -1,0 +1,28 @@
+"""What a job that trains says at its end, and how a group of workers is told to stop. Whole runs under Ray are in
+test_jobs_pretrain.py.
+"""
+
+import json
+import os
+import signal
+
+import pytest
+
+from jobs.group import TrainingReport, stop_wishes
+
+
+def test_the_report_says_what_to_do_next() -> None:
+    report = TrainingReport("pretrain", "stopped", "out", 12, 34_567, 5.5, None, 3.0)
+    assert "the same command goes on" in report.summary()
+    assert json.loads(report.to_json())["tokens"] == 34_567
+
+
+def test_one_signal_is_a_wish_and_a_second_an_interrupt() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_wishes() as wishes:
+        assert not wishes.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert wishes.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
