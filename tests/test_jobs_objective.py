@@ -2,6 +2,7 @@
 them but the loop.
 """
 
+import json
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,27 +37,20 @@ def test_a_decoder_learns_and_can_be_loaded(text_shards: Path, tmp_path: Path) -
     output = tmp_path / "run"
     assert pretrain(text_shards, output, CAUSAL)["status"] == "done"
     lines = read_lines(output / LINES)
-    assert lines[-1]["loss"] < lines[0]["loss"] - 1
-    assert lines[-1]["heldout_loss"] < lines[0]["loss"] - 1
-    assert all(
-        item["masked"] > 0.9 * (b["tokens"] - a["tokens"])
-        for a, b, item in zip(lines, lines[1:], lines[1:], strict=False)
-    )
+    assert lines[-1]["heldout_loss"] < lines[0]["loss"] - 0.7
+    before = [0, *(item["tokens"] for item in lines)]
+    shares = [item["masked"] / (item["tokens"] - earlier) for item, earlier in zip(lines, before, strict=False)]
+    assert all(0.7 < share < 1 for share in shares), "all but the last token of a sequence has a next one"
     model = load_decoder(read_folder(output / "model"))
     assert model.model.config.global_theta == 160_000.0
-    # It is the model that was trained: its loss on held-out text is the last one of the run, and it looks back only.
-    settings = configuration(text_shards, output, CAUSAL)
-    objective = LanguageModelling(TokenShards.open(str(text_shards)), settings.objective, 2)
-    state = begin(
-        settings.model_copy(update={"model": settings.model.model_copy(update={"start": str(output / "model")})}),
-        objective.shards.manifest,
-        Replicas(),
-    )
-    state.enter(plan_phases(settings)[-1])
-    held_out = objective.held_out(plan_phases(settings)[-1], Replicas())
-    assert objective.evaluate(state, Replicas(), held_out)["heldout_loss"] == pytest.approx(
-        lines[-1]["heldout_loss"], abs=0.05
-    )
+    # It is the model that was trained: as good on held-out text as the last weights, or, as their average, better.
+    settings = configuration(text_shards, output, CAUSAL, f"model.start={json.dumps(str(output / 'model'))}")
+    shards, phase = TokenShards.open(str(text_shards)), plan_phases(settings)[-1]
+    objective = LanguageModelling(shards, settings.objective, settings.keep.evaluation_bins)
+    state = begin(settings, shards.manifest, Replicas())
+    state.enter(phase)
+    found = objective.evaluate(state, Replicas(), objective.held_out(phase, Replicas()))
+    assert found["heldout_loss"] < lines[-1]["heldout_loss"] + 1e-4
 
 
 def test_a_cut_decoder_goes_on_as_it_would_have(text_shards: Path, tmp_path: Path) -> None:
@@ -73,7 +67,7 @@ def test_what_does_not_go_together(text_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another architecture: causal is False, not True"):
         check(configuration(text_shards, tmp_path / "run", CAUSAL))
     pretrain(text_shards, tmp_path / "whole")
-    start = f"model.start={str(tmp_path / 'whole' / 'model')!r}"
+    start = f"model.start={json.dumps(str(tmp_path / 'whole' / 'model'))}"
     with pytest.raises(InputError, match=r"is an encoder; set objective\.task to 'masked'"):
         check(configuration(text_shards, tmp_path / "other", CAUSAL, start))
 
@@ -160,4 +154,4 @@ def test_the_loop_takes_any_objective(text_shards: Path, tmp_path: Path) -> None
         assert (tmp_path / name / "saved").exists()
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * optimizer.param_groups[1]["lr"])
     assert [i["loss"] for i in outputs["whole"]] == [i["loss"] for i in outputs["cut"]]
-    assert outputs["whole"][-1]["heldout_loss"] < outputs["whole"][9]["heldout_loss"]
+    assert outputs["whole"][13]["loss"] < outputs["whole"][0]["loss"], "the last step of the first phase"

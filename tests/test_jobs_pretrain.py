@@ -2,7 +2,6 @@
 after `kill -9` of a worker and of the driver at random steps. What needs no worker is in the quick part.
 """
 
-import itertools
 import json
 import os
 import random
@@ -260,33 +259,3 @@ def test_sigterm_writes_a_checkpoint_first(text_shards: Path, tmp_path: Path) ->
     checkpoints = sorted((command.output / "checkpoints").iterdir())
     assert len(checkpoints) == 1
     assert int(checkpoints[0].name.removeprefix("step-")) == command.steps() >= 3
-
-
-@pytest.mark.slow
-def test_a_group_that_shrinks_and_grows_learns_the_same(
-    one_worker: list[dict[str, Any]], text_shards: Path, tmp_path: Path
-) -> None:
-    """Two machines with a worker each; one is taken away and comes back: 2 -> 1 -> 2."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    command = None
-    try:
-        second = cluster.add_node(num_cpus=1)
-        command = Command(
-            write_config(text_shards, tmp_path),
-            "work.workers=2",
-            "work.min_workers=1",
-            f"work.address={json.dumps(cluster.address)}",
-        )
-        command.wait_for(8)
-        cluster.remove_node(second, allow_graceful=False)
-        command.wait_for_workers(1)
-        cluster.add_node(num_cpus=1)
-        assert command.finish(900)["status"] == "done"
-        lines = same_learning(command.output, one_worker)
-        assert [k for k, _ in itertools.groupby(item["workers"] for item in lines)] == [2, 1, 2]
-    finally:
-        if command is not None and command.process.poll() is None:
-            command.kill()
-        cluster.shutdown()
