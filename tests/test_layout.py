@@ -56,6 +56,7 @@ SMALL = {
     "model/rotary.py": "one table of angles",
     "pipeline/keys.py": "the keys that survey, table and dead letters share",
     "jobs/model_commands.py": "the parsers of one family of commands",
+    "jobs/pretrain.py": "what the loop and the group, which serve other jobs too, leave to pretraining",
     "jobs/cluster_commands.py": "the parsers of one family of commands",
 }
 """Files under MIN_LINES, and why they are a subject of their own."""
