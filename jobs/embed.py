@@ -23,6 +23,7 @@ from jobs.plan import (
     list_corpus,
     make_recipe,
     open_table,
+    read_columns,
     read_model,
     survey_corpus,
 )
@@ -33,7 +34,7 @@ from pipeline import storage
 from pipeline.apply import Applied, apply
 from pipeline.dead import DeadLetters
 from pipeline.lease import Lease
-from pipeline.ledger import RUNS_OF_THROUGHPUT, new_run, read_records, recorded, tokens_per
+from pipeline.ledger import RECORDS_OF_PACE, new_run, past_pace, read_records, recorded, tokens_per
 from pipeline.measures import Silent, shown_lengths
 from pipeline.probes import make_probes
 from pipeline.reuse import Former
@@ -77,10 +78,11 @@ def run_embed(
         table = own_table(configuration, model, table, lease)
         # In this order, and in one thread: Ray starts its workers while the survey runs here, and a process that forks
         # (Ray does, to start itself) while another of its threads imports torch can hang.
-        if table is None or not is_small(files):
+        small = is_small(files, read_columns(configuration.columns), table)
+        if table is None or not small:
             ray_session.start()
         letters = DeadLetters(table).keys() if table and not configuration.retry_dead else None
-        corpus = survey_corpus(configuration, files, table, in_process=is_small(files), keep=True, letters=letters)
+        corpus = survey_corpus(configuration, files, table, in_process=small, keep=True, letters=letters)
         if corpus.plan.work or table is None:
             ray_session.start()
         if table is None:
@@ -111,6 +113,7 @@ def run_embed(
             chars=applied.chars,
             lengths=shown_lengths(applied.lengths),
             timeline=applied.timeline.shown(),
+            actors=applied.actors,
             commits=applied.commits,
             dead=[*corpus.plan.dead, *(letter.shown() for letter in applied.dead.values())][:MOST_DEAD_KEPT],
         )
@@ -127,11 +130,11 @@ def foresee(corpus: Corpus) -> dict[str, Any]:
     counts = {name: plan.counts[name] for name in ("new", "changed")}
     planned: dict[str, Any] = {"documents": plan.num_documents, "chars": plan.chars, "deleted": len(plan.deleted)}
     planned |= {**counts, "tokens": None, "seconds": None}
-    records = read_records(corpus.table.uri, last=RUNS_OF_THROUGHPUT) if corpus.table and plan.work else []
+    records = read_records(corpus.table.uri, last=RECORDS_OF_PACE) if corpus.table and plan.work else []
     if density := tokens_per(records, "chars"):
         planned["tokens"] = round(density * plan.chars)
-        if speed := tokens_per(records, "embedding_s"):
-            planned["seconds"] = round(density * plan.chars / speed, 1)
+        if pace := past_pace(records):
+            planned["seconds"] = round(pace[0] + density * plan.chars / pace[1], 1)
     return planned
 
 

@@ -29,9 +29,9 @@ from model.folder import (
 from pipeline.chunks import ChunkingConfig
 from pipeline.columns import DocumentColumns
 from pipeline.dead import DeadLetters
-from pipeline.documents import check_source, document_schema
+from pipeline.documents import check_source, document_schema, estimate_documents
 from pipeline.keys import Keys
-from pipeline.ledger import past_throughput
+from pipeline.ledger import RECORDS_OF_PACE, past_pace, read_records
 from pipeline.recipe import Recipe
 from pipeline.storage import SourceFile, is_s3, list_sources, local_model
 from pipeline.survey import Options, Plan, RayTasks, Tasks, make_plan
@@ -41,6 +41,10 @@ from pipeline.work import read_work
 
 SMALL_CORPUS_BYTES = 64_000_000
 """Up to here the survey takes about as long as starting Ray would."""
+SMALL_CORPUS_DOCUMENTS = 200_000
+"""And up to here it takes 60 MB at most of this process's memory, at some 300 bytes a document."""
+FILES_LOOKED_INTO = 8
+"""To estimate how many documents there are."""
 EXACT_CHARS = 4_000_000
 """Bytes of text up to which `plan` counts every token; beyond, it counts a sample of about this much."""
 SAMPLES = 16
@@ -220,8 +224,24 @@ def list_corpus(configuration: EmbedConfiguration) -> list[SourceFile]:
     return files
 
 
-def is_small(files: Sequence[SourceFile]) -> bool:
-    return sum(file.size for file in files) <= SMALL_CORPUS_BYTES
+def is_small(files: Sequence[SourceFile], columns: DocumentColumns, table: EmbeddingTable | None = None) -> bool:
+    """Whether the survey is to run in this process: few bytes, and few documents.
+
+    How many documents there are goes by the table, or before the first run by some of the files: a night without a
+    change opens none of them.
+
+    Raises:
+        InputError: one of the files cannot be read, or lacks a column.
+    """
+    size = sum(file.size for file in files)
+    if size > SMALL_CORPUS_BYTES:
+        return False
+    if table is not None:
+        most = SMALL_CORPUS_DOCUMENTS
+        return table.dataset.count_rows() <= most or table.count_documents() <= most
+    some = files[:: -(-len(files) // FILES_LOOKED_INTO)]
+    found = sum(estimate_documents(file, columns) for file in some)
+    return found * size <= SMALL_CORPUS_DOCUMENTS * sum(file.size for file in some)
 
 
 def carried_fields(
@@ -311,15 +331,18 @@ def run_plan(configuration: EmbedConfiguration, *, price_per_hour: float | None 
     files = list_corpus(configuration)
     model = read_model(configuration)
     table = open_table(configuration, model)
-    small = is_small(files)
+    small = is_small(files, read_columns(configuration.columns), table)
     with nullcontext() if small else session(configuration.compute.address, num_cpus=local_cpus()):
         letters = DeadLetters(table).keys() if table and not configuration.retry_dead else None
         corpus = survey_corpus(configuration, files, table, in_process=small, letters=letters)
         tokens, exact = count_tokens(corpus, model) if corpus.plan.work else (0, True)
     counts: dict[str, Any] = dict(corpus.plan.counts)
-    throughput = past_throughput(configuration.table)
-    # The encoder sees [CLS] and [SEP] too.
-    seconds = (tokens + 2 * corpus.plan.num_documents) / throughput if throughput else None
+    records = read_records(configuration.table, last=RECORDS_OF_PACE)
+    pace, seconds = past_pace(records), None
+    if pace:
+        # The encoder sees [CLS] and [SEP] too.
+        seen = tokens + 2 * corpus.plan.num_documents
+        seconds = pace[0] + seen / pace[1] if seen else 0.0
     cost = None if seconds is None or price_per_hour is None else round(seconds * price_per_hour / 3600, 4)
     return PlanReport(
         job="plan",

@@ -19,7 +19,7 @@ from jobs.history import run_rollback, run_versions
 from jobs.migrate import run_migrate
 from model.errors import InputError
 from pipeline.lease import holder
-from pipeline.ledger import past_throughput, read_records
+from pipeline.ledger import past_pace, read_records
 from pipeline.table import PUBLISHED, EmbeddingTable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,7 +183,8 @@ def test_small_fragments_are_merged_before_readers_see_them(tmp_path, tiny_model
     assert len(list((tmp_path / "table.lance" / "data").iterdir())) == 1
     (record,) = read_records(table)
     assert (record["rows"], record["documents"], record["commits"] > 8) == (20, 20, True)
-    assert past_throughput(table) == pytest.approx(report.tokens / record["embedding_s"])
+    start, speed = past_pace(read_records(table))
+    assert 0 <= start < start + report.tokens / speed == pytest.approx(record["embedding_s"])
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -242,7 +243,7 @@ def test_killed_run_is_taken_up(tmp_path, tiny_model_folder):
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while holder(str(table)) is None and killed.poll() is None:
         time.sleep(0.05)
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (second.returncode, second.stdout) == (2, "")
     assert f"another run is writing to {table}: run " in second.stderr
     assert second.stderr.count("\n") == 1
