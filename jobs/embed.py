@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.metrics import RayMeter, is_collected
-from cluster.session import SPARE_CPUS, local_cpus, physical_cores, session
+from cluster.session import local_cpus, session
 from jobs.configuration import EmbedConfiguration
 from jobs.plan import (
     Corpus,
@@ -29,6 +29,7 @@ from jobs.plan import (
 )
 from jobs.publish import Publication, publish, settle_letters
 from jobs.report import EmbedReport, Progress
+from jobs.spread import choose_device, dtype_of_workers, plan_workers
 from model.errors import InputError
 from pipeline import storage
 from pipeline.apply import Applied, apply
@@ -41,14 +42,10 @@ from pipeline.reuse import Former
 from pipeline.table import EmbeddingTable
 from pipeline.upkeep import clean_up, compact
 from pipeline.work import Limit
-from pipeline.workers import Job, Workers
+from pipeline.workers import Job
 
 log = logging.getLogger(__name__)
 
-CORES_PER_ACTOR = 8
-"""On CPUs, one encoder process for so many cores: more threads than that do not make one batch faster."""
-BLOCK_CHARS = {"cpu": 400_000, "cuda": 8_000_000}
-"""Characters in one unit of work: some seconds of an encoder's time, and enough documents to fill its batches."""
 MOST_DEAD_KEPT = 1000
 """Dead documents that the record of a run lists, with their reasons; all of them are counted."""
 
@@ -109,6 +106,7 @@ def run_embed(
             version=table.version,
             published=table.published_version(),
             tokens=applied.tokens,
+            wasted_tokens=applied.wasted_tokens,
             encoder_s=round(applied.encoder_s, 3),
             chars=applied.chars,
             lengths=shown_lengths(applied.lengths),
@@ -167,7 +165,7 @@ class Session:
 
     def start(self) -> None:
         if not self.started:
-            cpus = local_cpus(self.compute.actors or 1)
+            cpus = local_cpus(self.compute.actors[1] if self.compute.actors else 1)
             self.resources.enter_context(session(self.compute.address, num_cpus=cpus))
             self.started = True
 
@@ -212,7 +210,7 @@ def embed_documents(
             "truncate_dim": model.dim,
             "vector_type": table.recipe.vector_type,
         },
-        workers=plan_workers(configuration, choose_device(configuration.compute.device)),
+        workers=plan_workers(configuration.compute, choose_device(configuration.compute.device)),
         commit_every_s=configuration.compute.commit_every_s,
         probes=probes.documents,
         former=Former.of(table, corpus.plan.removals),
@@ -295,6 +293,7 @@ def make_report(corpus: Corpus, table: EmbeddingTable, applied: Applied, status:
         left=applied.left,
         reused=applied.reused,
         published=table.published_version(),
+        wasted_tokens=applied.wasted_tokens,
     )
 
 
@@ -319,66 +318,3 @@ def limit_of(configuration: EmbedConfiguration, now: datetime | None = None) -> 
 def lasting_name(model: str) -> str:
     """A model's name as it is found again from another working directory."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
-
-
-def choose_device(asked: str) -> str:
-    """cpu or cuda for the actors of this session; "auto" takes GPUs where the session has any.
-
-    Raises:
-        InputError: GPUs are asked for and there are none.
-    """
-    import ray
-
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if asked == "cuda" and not gpus:
-        raise InputError("compute.device is cuda, and there is no GPU here; set compute.device=cpu or auto")
-    return asked if asked != "auto" else "cuda" if gpus else "cpu"
-
-
-def best_dtype(device: str) -> str:
-    """The dtype that a device multiplies fastest."""
-    import torch
-
-    from model.embedder import choose_dtype
-
-    return str(choose_dtype("auto", torch.device(device))[0]).removeprefix("torch.")
-
-
-def dtype_of_workers(address: str | None, device: str) -> str:
-    """`best_dtype` where the work is done: here, or on a machine of the cluster."""
-    if address is None:
-        return best_dtype(device)
-    import ray
-
-    task = ray.remote(best_dtype).options(num_gpus=1 if device == "cuda" else 0)
-    return ray.get(task.remote(device))
-
-
-def plan_workers(configuration: EmbedConfiguration, device: str) -> Workers:
-    """How many actors there are, and how many threads each has.
-
-    Raises:
-        InputError: more actors than the session has processors for.
-    """
-    import ray
-
-    compute, resources = configuration.compute, ray.cluster_resources()
-    if device == "cuda":
-        most = int(resources["GPU"])
-        actors = compute.actors or most
-        unit = "GPUs"
-    else:
-        most = max(1, int(resources.get("CPU", 1)) - SPARE_CPUS)
-        cores = physical_cores() if compute.address is None else int(resources.get("CPU", 1))
-        actors = compute.actors or min(most, max(1, cores // CORES_PER_ACTOR))
-        unit = f"CPUs, {SPARE_CPUS} of them kept free"
-    if actors > most:
-        raise InputError(f"compute.actors is {actors}, this session has room for {most} ({unit})")
-    return Workers(
-        actors=actors,
-        device=device,
-        threads=max(1, physical_cores() // actors),
-        tokens_per_batch=compute.tokens_per_batch,
-        block_chars=compute.block_chars or BLOCK_CHARS[device],
-        share=min(1.0, resources.get("CPU", 1) / (actors + SPARE_CPUS)),
-    )
