@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from model.batch import PackedBatch, pack
+from model.config import EncoderConfig
 from model.errors import InputError
 from model.folder import check_tokenizer, load_tokenizer, read_folder, tokenizer_hash, weights_hash
+from model.memory import fitting_tokens
 from model.pooling import normalize as normalize_rows
 from model.pooling import pool_segments
 from model.weights import load_encoder
@@ -25,8 +27,11 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS_PER_BATCH = {"cpu": 2_048, "cuda": 65_536}
-"""Token budget of one forward pass. On a CPU small batches stay in the cache: at base size in bfloat16 on two cores,
-short documents took 14 % less time than at 8,192 tokens."""
+"""Token budget of one forward pass, at most. On a CPU small batches stay in the cache: at base size in bfloat16 on two
+cores, short documents took 14 % less time than at 8,192 tokens."""
+
+LEAST_TOKENS = 2_048
+"""However little memory a GPU says it has: a batch that does not fit is halved by whoever embeds."""
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -81,11 +86,13 @@ class Embedder:
             if is_product or isinstance(module, torch.nn.LayerNorm | torch.nn.Embedding):
                 module.to(self.dtype if is_product else torch.float32)
         self.encoder = encoder
+        self.tokens_per_batch = default_tokens(self.config, self.device, self.dtype)
         self.attention_name = encoder.attention
         self.pooling, self.normalize = self.folder.pooling, self.folder.normalize
         self.prompts, self.default_prompt_name = self.folder.prompts, self.folder.default_prompt_name
         self.max_tokens, self.dim = self.folder.max_tokens, self.folder.dim
-        log.info("%s on %s, %s (%s)", self.folder.path, self.device, str(self.dtype).split(".")[1], self.dtype_reason)
+        kind = ("int8 weights, " if self.folder.int8 else "") + str(self.dtype).removeprefix("torch.")
+        log.info("%s on %s, %s (%s)", self.folder.path, self.device, kind, self.dtype_reason)
         log.info("attention %s (%s)", encoder.attention, encoder.attention_reason)
 
     @cached_property
@@ -151,7 +158,7 @@ class Embedder:
             skip = len(self.tokenizer.encode(prefix).ids) - 1  # [CLS] and the prompt's tokens, without its [SEP]
         dim = min(truncate_dim or self.dim, self.dim)
         vectors = np.empty((len(sequences), dim), dtype=np.float32)
-        budget = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 2_048)
+        budget = tokens_per_batch or self.tokens_per_batch
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         for group in _by_budget(order, [len(s) for s in sequences], budget):
             batch = pack([sequences[i] for i in group])
@@ -194,6 +201,15 @@ class Embedder:
         if self.normalize if normalize is None else normalize:
             vectors = normalize_rows(vectors)
         return vectors.numpy()
+
+
+def default_tokens(config: EncoderConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Token budget of a forward pass: what suits the kind of device, and fits into the memory that a GPU has free."""
+    budget = TOKENS_PER_BATCH.get(device.type, 2_048)
+    if device.type != "cuda":
+        return budget
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return max(LEAST_TOKENS, min(budget, fitting_tokens(config, free_bytes, bytes_per_value=dtype.itemsize)))
 
 
 @cache

@@ -1,49 +1,15 @@
-// Inference kernels for x86 processors with AVX-512 and bfloat16; attention needs AMX too. Plain C symbols, raw
-// pointers, OpenMP: no header of PyTorch is needed, so the library fits any version of it. model/kernels.py loads it
-// and says when it may be called; where it may not, the same arithmetic runs in PyTorch.
-//
-// Names: T tokens, D width, N heads, H head size. Matrix products inside attention work on tiles of 16 rows of 64
-// bytes. A right-hand tile holds pairs: row p, column n is (B[2p][n], B[2p + 1][n]), as TDPBF16PS reads it.
+// Inference kernels for x86 processors with AVX-512 and bfloat16: what stands between matrix products. Plain C symbols,
+// raw pointers, OpenMP: no header of PyTorch is needed, so the library fits any version of it. model/kernels.py loads it
+// and says when it may be called; where it may not, the same arithmetic runs in PyTorch. Attention is in its own file.
 
-#include <immintrin.h>
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <vector>
+
+#include "kernels.h"
 
 namespace {
-
-using bf16 = uint16_t;
-
-constexpr int ROWS = 16;             // rows of a tile
-constexpr int QUERIES = 32;          // queries of a block: two tiles share what is loaded of keys and values
-constexpr int PAIRS = 32;            // bfloat16 in a row of a tile
-constexpr int TILE = ROWS * PAIRS;   // elements of a tile
-constexpr int BLOCK = 256;           // keys of one step of the running softmax
-constexpr int SCORES = BLOCK + 16;   // row lengths that are no power of two, so that rows do not share places in L1
-constexpr int WEIGHTS = BLOCK + 32;
-constexpr float LOG2E = 1.44269504088896341f;
-
-inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-inline __m512 load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
-inline void store(bf16* p, __m512 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
-inline __mmask16 first(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
-
-// 2^x with a relative error under 4e-6, far below a rounding to bfloat16; 0 for -inf.
-inline __m512 exp2_ps(__m512 x) {
-  const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x), in [0, 1)
-  __m512 p = _mm512_set1_ps(1.3534167e-2f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.2011464e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4144275e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9300383e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0000026f));
-  return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
-}
 
 // GELU by the error function: Abramowitz and Stegun 7.1.26, absolute error of erf 1.5e-7.
 inline __m512 gelu_ps(__m512 x) {
@@ -72,257 +38,10 @@ inline void share_of_thread(int64_t rows, int64_t& begin, int64_t& end) {
   end = rows * (i + 1) / n;
 }
 
-// C[32][16 columns] (+)= A[32][32 steps] B, two column tiles at a time; B in tiles, step k and column tile n at
-// b + k * step + n * next. Tiles 0 to 3 sum, 4 and 5 are left, 6 and 7 right: four sums hide the latency of each.
-inline void product(const bf16* a, int lda, const bf16* b, int step, int next, int steps, float* c, int ldc, int columns,
-                    bool add) {
-  for (int n = 0; n < columns; n += 2, c += 32, b += 2 * next) {
-    float* below = c + ROWS * ldc;
-    if (add) {
-      _tile_loadd(0, c, ldc * 4);
-      _tile_loadd(1, c + 16, ldc * 4);
-      _tile_loadd(2, below, ldc * 4);
-      _tile_loadd(3, below + 16, ldc * 4);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int k = 0; k < steps; k++) {
-      _tile_loadd(4, a + k * PAIRS, lda * 2);
-      _tile_loadd(6, b + k * step, 64);
-      _tile_loadd(7, b + k * step + next, 64);
-      _tile_loadd(5, a + ROWS * lda + k * PAIRS, lda * 2);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, c, ldc * 4);
-    _tile_stored(1, c + 16, ldc * 4);
-    _tile_stored(2, below, ldc * 4);
-    _tile_stored(3, below + 16, ldc * 4);
-  }
-}
-
-struct alignas(64) TileConfig {  // eight tiles of 16 rows of 64 bytes
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS};
-};
-
-// 16 rows of 16 pairs to 16 columns of pairs: transposes 32-bit elements.
-inline void transpose_pairs(const bf16* in, int stride, bf16* out) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * stride);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * PAIRS, r[i]);
-}
-
-struct Attention {
-  const bf16 *q, *k, *v;   // token t, head n at q + t * stride + n * H
-  bf16* out;               // (T, N, H)
-  const float *cos, *sin;  // token t at cos + t * table_stride, H / 2 values; null: no rotation
-  int64_t stride, table_stride;
-  int heads, window;       // window < 0: every key of the sequence
-};
-
-struct Item {
-  int start, length, begin, end, head;  // a sequence's first token and length; queries [begin, end) of it; a head
-};
-
-template <int H>
-inline void rotated(const Attention& p, const bf16* x, int64_t token, bf16* out) {
-  if (!p.cos) {
-    std::memcpy(out, x, H * sizeof(bf16));
-    return;
-  }
-  const float *cos = p.cos + token * p.table_stride, *sin = p.sin + token * p.table_stride;
-  for (int d = 0; d < H / 2; d += 16) {
-    const __m512 c = _mm512_loadu_ps(cos + d), s = _mm512_loadu_ps(sin + d);
-    const __m512 low = load(x + d), high = load(x + d + H / 2);
-    store(out + d, _mm512_fnmadd_ps(high, s, _mm512_mul_ps(low, c)));
-    store(out + d + H / 2, _mm512_fmadd_ps(low, s, _mm512_mul_ps(high, c)));
-  }
-}
-
-// Keys [low, high) of an item, zeros up to `padded`: `keys` in tiles of 16 keys by 32 dimensions, transposed, `values`
-// in tiles of 32 keys by 16 dimensions.
-template <int H>
-void pack_keys(const Attention& p, const Item& item, int low, int high, int padded, bf16* keys, bf16* values) {
-  alignas(64) bf16 rows[ROWS * H];
-  const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-  for (int at = 0; at < padded; at += ROWS) {
-    for (int i = 0; i < ROWS; i++) {
-      const int64_t token = item.start + low + at + i;
-      // Rows of a head lie kilobytes apart, where no hardware looks ahead.
-      const int64_t ahead = std::min<int64_t>(token + ROWS, item.start + high - 1) * p.stride + item.head * H;
-      for (int d = 0; d < H; d += PAIRS) {
-        _mm_prefetch((const char*)(p.k + ahead + d), _MM_HINT_T0);
-        _mm_prefetch((const char*)(p.v + ahead + d), _MM_HINT_T0);
-        _mm_prefetch((const char*)(p.q + ahead + d), _MM_HINT_T0);
-      }
-      if (low + at + i < high)
-        rotated<H>(p, p.k + token * p.stride + item.head * H, token, rows + i * H);
-      else
-        std::memset(rows + i * H, 0, H * sizeof(bf16));
-    }
-    for (int d = 0; d < H; d += PAIRS, keys += TILE) transpose_pairs(rows + d, H, keys);
-  }
-  for (int at = 0; at < padded; at += 2 * ROWS, values += TILE * (H / 16))
-    for (int i = 0; i < ROWS; i++)
-      for (int d = 0; d < H; d += PAIRS) {
-        __m512i row[2];
-        for (int j = 0; j < 2; j++) {
-          const int key = low + at + 2 * i + j;
-          row[j] = _mm512_setzero_si512();
-          if (key < high) row[j] = _mm512_loadu_si512(p.v + (item.start + key) * p.stride + item.head * H + d);
-        }
-        bf16* to = values + d / 16 * TILE + i * PAIRS;
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(row[0], lower, row[1]));
-        _mm512_storeu_si512(to + TILE, _mm512_permutex2var_epi16(row[0], upper, row[1]));
-      }
-}
-
-// Lanes of the vector at `j` that lie in [from, to).
-inline __mmask16 lanes(int j, int from, int to) { return first(to - j) & (__mmask16)~first(from - j); }
-
-inline float largest(const float* scores, int from, int to) {
-  __m512 high = _mm512_set1_ps(-INFINITY);
-  int j = from & ~15;
-  if (j < from) high = _mm512_mask_max_ps(high, lanes(j, from, to), high, _mm512_loadu_ps(scores + j)), j += 16;
-  for (; j + 16 <= to; j += 16) high = _mm512_max_ps(high, _mm512_loadu_ps(scores + j));
-  if (j < to) high = _mm512_mask_max_ps(high, lanes(j, from, to), high, _mm512_loadu_ps(scores + j));
-  return _mm512_reduce_max_ps(high);
-}
-
-// weights[0:width] = 2^(scores * scale - top) within [from, to), 0 elsewhere; their sum is added to `sum`.
-inline void weigh(const float* scores, bf16* weights, int from, int to, int width, float scale, float top, __m512& sum) {
-  const __m512 factor = _mm512_set1_ps(scale), shift = _mm512_set1_ps(-top);
-  const int begin = from & ~15, end = (to + 15) & ~15;
-  for (int j = 0; j < begin; j += 16) _mm256_store_si256((__m256i*)(weights + j), _mm256_setzero_si256());
-  for (int j = begin; j < end; j += 16) {
-    __m512 w = exp2_ps(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j), factor, shift));
-    if (j < from || j + 16 > to) w = _mm512_maskz_mov_ps(lanes(j, from, to), w);
-    sum = _mm512_add_ps(sum, w);
-    store(weights + j, w);
-  }
-  for (int j = end; j < width; j += 16) _mm256_store_si256((__m256i*)(weights + j), _mm256_setzero_si256());
-}
-
-template <int H>
-void attend_item(const Attention& p, const Item& item, std::vector<bf16>& space) {
-  const bool local = p.window >= 0;
-  const int low = local ? std::max(0, item.begin - p.window) & ~31 : 0;
-  const int high = local ? (int)std::min<int64_t>(item.length, (int64_t)item.end + p.window) : item.length;
-  const int padded = (high - low + 31) & ~31;
-  const size_t need = (size_t)2 * padded * H + 32;
-  if (space.size() < need) space.resize(need);
-  bf16* keys = (bf16*)(((uintptr_t)space.data() + 63) & ~(uintptr_t)63);
-  bf16* values = keys + (size_t)padded * H;
-  pack_keys<H>(p, item, low, high, padded, keys, values);
-
-  alignas(64) float scores[QUERIES * SCORES], out[QUERIES * H];
-  alignas(64) bf16 weights[QUERIES * WEIGHTS], queries[QUERIES * H];
-  const float scale = LOG2E / std::sqrt((float)H);
-  for (int query = item.begin; query < item.end; query += QUERIES) {
-    const int rows = std::min(QUERIES, item.end - query);
-    if (rows < QUERIES) {
-      std::memset(queries, 0, sizeof queries);
-      std::memset(weights, 0, sizeof weights);
-    }
-    for (int r = 0; r < rows; r++) {
-      const int64_t token = item.start + query + r;
-      rotated<H>(p, p.q + token * p.stride + item.head * H, token, queries + r * H);
-    }
-    // Places of keys are counted from `low` from here on.
-    const int begin = local ? (std::max(0, query - p.window) & ~31) - low : 0;
-    const int end = (local ? std::min(item.length, query + rows + p.window) : item.length) - low;
-    float top[QUERIES];
-    __m512 sum[QUERIES];
-    for (int r = 0; r < QUERIES; r++) top[r] = -INFINITY, sum[r] = _mm512_setzero_ps();
-    for (int at = begin; at < end; at += BLOCK) {
-      const int width = std::min(BLOCK, (end - at + 31) & ~31);
-      const bool fresh = at == begin;
-      product(queries, H, keys + (size_t)at * H, TILE, H / PAIRS * TILE, H / PAIRS, scores, SCORES, width / 16, false);
-      // The running softmax (arXiv 1805.02867), in passes over all rows, so that no row waits for another's maximum.
-      int from[QUERIES], to[QUERIES];
-      float high[QUERIES];
-      for (int r = 0; r < rows; r++) {
-        const int q = query + r - low;
-        from[r] = local ? std::min(width, std::max(0, q - p.window - at)) : 0;
-        to[r] = std::max(from[r], std::min(width, (local ? std::min(end, q + p.window + 1) : end) - at));
-        high[r] = largest(scores + r * SCORES, from[r], to[r]) * scale;
-      }
-      for (int r = 0; r < rows; r++) {
-        if (high[r] <= top[r]) continue;
-        if (!fresh) {
-          const __m512 shrink = exp2_ps(_mm512_set1_ps(top[r] - high[r]));
-          sum[r] = _mm512_mul_ps(sum[r], shrink);
-          for (int d = 0; d < H; d += 16)
-            _mm512_store_ps(out + r * H + d, _mm512_mul_ps(_mm512_load_ps(out + r * H + d), shrink));
-        }
-        top[r] = high[r];
-      }
-      for (int r = 0; r < rows; r++)
-        weigh(scores + r * SCORES, weights + r * WEIGHTS, from[r], to[r], width, scale, top[r], sum[r]);
-      product(weights, WEIGHTS, values + (size_t)at * H, H / 16 * TILE, TILE, width / PAIRS, out, H, H / 16, !fresh);
-    }
-    for (int r = 0; r < rows; r++) {
-      const __m512 share = _mm512_set1_ps(1.f / _mm512_reduce_add_ps(sum[r]));
-      bf16* to = p.out + ((int64_t)(item.start + query + r) * p.heads + item.head) * H;
-      for (int d = 0; d < H; d += 16) store(to + d, _mm512_mul_ps(_mm512_loadu_ps(out + r * H + d), share));
-    }
-  }
-}
-
-template <int H>
-void attend_items(const Attention& p, const std::vector<Item>& items, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    thread_local std::vector<bf16> space;
-    static const TileConfig config;
-    _tile_loadconfig(&config);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < items.size(); i++) attend_item<H>(p, items[i], space);
-    _tile_release();
-  }
-}
-
 }  // namespace
 
 #pragma GCC visibility push(default)
 extern "C" {
-
-// Whether Linux lets this process use AMX; asked once, before any thread uses a tile.
-int nightloom_request_amx() {
-  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
 
 // x (rows, width) float32 += added (rows, width) bfloat16 (null: nothing); out = layer_norm(x) weight + bias (null:
 // none) in bfloat16. `width` is a multiple of 16.
@@ -373,28 +92,48 @@ void nightloom_geglu(const bf16* x, bf16* out, int64_t rows, int width, int thre
   }
 }
 
-// Attention within each of `sequences` sequences, cu_seqlens (sequences + 1); see struct Attention. H is 32 or 64.
-void nightloom_attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, int64_t stride, const float* cos,
-                      const float* sin, int64_t table_stride, const int32_t* cu_seqlens, int sequences, int heads,
-                      int head_size, int window, int threads) {
-  const Attention p = {q, k, v, out, cos, sin, stride, table_stride, heads, window};
-  const int64_t tokens = cu_seqlens[sequences];
-  // Items of a few hundred queries where there is a window; where there is none, keys are packed once for each item,
-  // so that items are as large as they can be with several for each thread.
-  const int64_t share = tokens * heads / (8 * (int64_t)threads);
-  const int queries = window >= 0 ? 256 : (int)std::max<int64_t>(256, (share + 15) & ~15);
-  std::vector<Item> items;
-  for (int s = 0; s < sequences; s++) {
-    const int start = cu_seqlens[s], length = cu_seqlens[s + 1] - start;
-    for (int begin = 0; begin < length; begin += queries)
-      for (int head = 0; head < heads; head++)
-        items.push_back({start, length, begin, std::min(length, begin + queries), head});
+// Each row of x (rows, width) bfloat16 as int8: out = round(x / scale), scale = largest size of the row / 127. A row with
+// a NaN or an infinity gets a scale that is neither finite, so that what is made of it shows. `width` is a multiple of 32.
+void nightloom_quantize_rows(const bf16* x, int8_t* out, float* scales, int64_t rows, int width, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t begin, end;
+    share_of_thread(rows, begin, end);
+    const __m512i size = _mm512_set1_epi16(0x7fff);
+    for (int64_t row = begin; row < end; row++) {
+      const bf16* at = x + row * width;
+      __m512i high = _mm512_setzero_si512();  // as bits: larger numbers have larger bits, and NaN the largest
+      for (int d = 0; d < width; d += 32)
+        high = _mm512_max_epu16(high, _mm512_and_si512(_mm512_loadu_si512(at + d), size));
+      const __m512i halves = _mm512_max_epu32(_mm512_slli_epi32(high, 16), _mm512_and_si512(high, _mm512_set1_epi32(0xffff0000)));
+      const uint32_t bits = _mm512_reduce_max_epu32(halves);
+      float largest;
+      std::memcpy(&largest, &bits, sizeof largest);
+      scales[row] = largest == 0 ? 1.f : largest / 127;
+      const __m512 steps = _mm512_set1_ps(1.f / scales[row]);
+      for (int d = 0; d < width; d += 16) {
+        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load(at + d), steps));
+        _mm_storeu_si128((__m128i*)(out + row * width + d), _mm512_cvtsepi32_epi8(rounded));
+      }
+    }
   }
-  if (window < 0)  // the costly first, so that no thread is left with one at the end
-    std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
-      return (int64_t)(a.end - a.begin) * a.length > (int64_t)(b.end - b.begin) * b.length;
-    });
-  head_size == 64 ? attend_items<64>(p, items, threads) : attend_items<32>(p, items, threads);
+}
+
+// out (rows, width) bfloat16 = sums * row_scales of the row * column_scales of the column. `width` is a multiple of 16.
+void nightloom_scale_sums(const int32_t* sums, const float* row_scales, const float* column_scales, bf16* out,
+                          int64_t rows, int width, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t begin, end;
+    share_of_thread(rows, begin, end);
+    for (int64_t row = begin; row < end; row++) {
+      const __m512 scale = _mm512_set1_ps(row_scales[row]);
+      for (int d = 0; d < width; d += 16) {
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + row * width + d));
+        store(out + row * width + d, _mm512_mul_ps(_mm512_mul_ps(sum, scale), _mm512_loadu_ps(column_scales + d)));
+      }
+    }
+  }
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-"""Loads the library that `kernels.cpp` was built into at installation, and hands tensors over to it.
+"""Loads the library that `kernels*.cpp` were built into at installation, and hands tensors over to it.
 
 Every function does the same with or without the library: where it is missing, or the processor lacks what it was
 written for, PyTorch's own operators do the work (slower by a factor of about two at base size). No gradients here.
@@ -21,14 +21,16 @@ log = logging.getLogger(__name__)
 VARIABLE = "NIGHTLOOM_KERNELS"
 """Environment variable; "off" leaves everything to PyTorch."""
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"})
-NEEDED_BY_ATTENTION = frozenset({"amx_tile", "amx_bf16"})
+NEEDED_BY_TILES = frozenset({"amx_tile", "amx_bf16"})
 HEAD_SIZES = (32, 64)
 LANES = 16
 """float32 values in a register: row lengths are multiples of it."""
 ARGUMENTS: dict[str, tuple[type, ...]] = {
     "nightloom_add_norm": (c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int, c_int),
     "nightloom_geglu": (c_void_p, c_void_p, c_int64, c_int, c_int),
-    "nightloom_attend": (*[c_void_p] * 4, c_int64, *[c_void_p] * 2, c_int64, c_void_p, *[c_int] * 5),
+    "nightloom_quantize_rows": (c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int),
+    "nightloom_scale_sums": (*[c_void_p] * 4, c_int64, c_int, c_int),
+    "nightloom_attend": (*[c_void_p] * 4, c_int64, *[c_void_p] * 2, c_int64, c_void_p, *[c_int] * 6),
 }
 
 
@@ -67,11 +69,14 @@ def attention_refusal(head_size: int) -> str | None:
     loaded, why = library()
     if loaded is None:
         return why
-    if missing := NEEDED_BY_ATTENTION - processor_flags():
-        return f"the processor lacks {min(missing)}"
-    if head_size not in HEAD_SIZES:
-        return f"the head size is {head_size}, not one of {HEAD_SIZES}"
-    return None if loaded.nightloom_request_amx() else "the system does not let this process use AMX"
+    return None if head_size in HEAD_SIZES else f"the head size is {head_size}, not one of {HEAD_SIZES}"
+
+
+@cache
+def uses_tiles() -> bool:
+    """Whether attention multiplies on AMX tiles: the processor has them and the system lets this process use them."""
+    loaded, _ = library()
+    return loaded is not None and processor_flags() >= NEEDED_BY_TILES and bool(loaded.nightloom_request_amx())
 
 
 def add_norm(x_TD: Tensor, added_TD: Tensor, norm: nn.LayerNorm, out_TD: Tensor) -> Tensor:
@@ -113,6 +118,43 @@ def geglu(x_T2I: Tensor) -> Tensor:
     out_TI = x_T2I.new_empty(x_T2I.shape[0], width)
     loaded.nightloom_geglu(x_T2I.data_ptr(), out_TI.data_ptr(), x_T2I.shape[0], width, torch.get_num_threads())
     return out_TI
+
+
+@cache
+def multiplies_int8() -> bool:
+    """Whether the processor has int8 products into int32 (VNNI); older ones saturate or are slow."""
+    return bool(processor_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
+def quantize_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as int8 (T, D) and the float32 that one step stands for (T,): its largest size is 127 steps.
+
+    A row that is not finite gets a scale that is not, so that what is made of it shows.
+    """
+    loaded, _ = library()
+    rows, width = x_TD.shape
+    if loaded is None or x_TD.dtype != torch.bfloat16 or width % (2 * LANES) or not _in_rows(x_TD):
+        scale_T = x_TD.abs().amax(dim=1).float() / 127
+        scale_T = torch.where(scale_T == 0, 1.0, scale_T)
+        return (x_TD.float() / scale_T[:, None]).round_().nan_to_num_(0).to(torch.int8), scale_T
+    out_TD, scale_T = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
+    loaded.nightloom_quantize_rows(
+        x_TD.data_ptr(), out_TD.data_ptr(), scale_T.data_ptr(), rows, width, torch.get_num_threads()
+    )
+    return out_TD, scale_T
+
+
+def scale_sums(sums_TO: Tensor, scale_T: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """int32 sums times the scales of their row and of their column, in `dtype`: (T, O)."""
+    loaded, _ = library()
+    rows, width = sums_TO.shape
+    if loaded is None or dtype != torch.bfloat16 or width % LANES or not _in_rows(sums_TO, scale_T, scale_O):
+        return (sums_TO.float().mul_(scale_T[:, None]).mul_(scale_O)).to(dtype)
+    out_TO = torch.empty(rows, width, dtype=dtype)
+    loaded.nightloom_scale_sums(
+        *(x.data_ptr() for x in (sums_TO, scale_T, scale_O, out_TO)), rows, width, torch.get_num_threads()
+    )
+    return out_TO
 
 
 def attend(
@@ -159,6 +201,7 @@ def attend(
         num_heads,
         head_size,
         -1 if window is None else window,
+        uses_tiles(),
         torch.get_num_threads(),
     )
     return out_TNH

@@ -54,6 +54,7 @@ SMALL = {
     "model/errors.py": "one exception that everything else imports",
     "model/pooling.py": "one operation that three stages share",
     "model/rotary.py": "one table of angles",
+    "model/memory.py": "one formula",
     "pipeline/keys.py": "the keys that survey, table and dead letters share",
     "jobs/model_commands.py": "the parsers of one family of commands",
     "jobs/pretrain.py": "what the loop and the group, which serve other jobs too, leave to pretraining",
@@ -67,6 +68,7 @@ CROSS_CUTTING = {
     *("test_autoscaling.py", "test_docs_cluster.py", "test_manifests.py", "test_preemption.py"),
     *("nights.py", "faults.py", "strikes.py", "test_faults.py", "test_faults_cluster.py", "test_faults_ray_data.py"),
     *("test_nights.py", "test_secrets.py", "test_security.py", "test_two_runs.py"),
+    "test_benchmarks_gpu.py",
 }
 """Files in `tests/` that belong to no single source file."""
 
