@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from jobs.search import QUERY_PROMPTS
 from model.embedder import Embedder
 from model.encoder import Encoder, init_weights
 from model.errors import InputError
@@ -93,8 +92,7 @@ class ProductModel:
         return np.concatenate(vectors), first_N
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        prompt = next((self.embedder.prompts[name] for name in QUERY_PROMPTS if name in self.embedder.prompts), None)
-        return self.embedder.encode(list(texts), prompt=prompt)
+        return self.embedder.encode_query(list(texts))
 
 
 class OtherModel:
