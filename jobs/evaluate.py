@@ -29,7 +29,7 @@ from jobs.lexical import lexical_scorer, needed, tfidf_pairs, tfidf_vectorizer
 from jobs.retrieval import dense_scorer, judge, long_queries, rank, unit
 from model.errors import InputError
 from pipeline.shards import write_file
-from pipeline.storage import is_s3
+from pipeline.storage import is_s3, promoted_model
 
 if TYPE_CHECKING:
     import ray.train
@@ -140,7 +140,7 @@ def read_sets(configuration: EvaluateConfiguration) -> dict[str, tuple[str, Any]
 def keep(evaluation: Evaluation, configuration: EvaluateConfiguration) -> None:
     """Write the JSON into the model's folder, unless it is a hub id, and where else it was asked for."""
     data = (evaluation.to_json() + "\n").encode()
-    model = configuration.model
+    model = promoted_model(configuration.model)
     if configuration.keep and (is_s3(model) or Path(model).is_dir()):
         write_file(model, EVALUATION, data)
     if configuration.output:

@@ -143,8 +143,8 @@ class Embedder(Protocols):
             float32 of shape (len(texts), dim), in the order of `texts`.
         """
         check_left(left)
-        if prompt_type is not None and prompt is None and prompt_name is None:
-            prompt = self.prompt_for(prompt_names(prompt_type))
+        options = {"prompt_name": prompt_name, "prompt": prompt}
+        prompt_name = self.prompt_option(prompt_names(prompt_type), options).get("prompt_name", prompt_name)
         if isinstance(texts, str):
             return self.encode(
                 [texts],

@@ -49,15 +49,17 @@ class Protocols:
 
     def encode_query(self, texts: Sequence[str] | str, **options: Any) -> Any:
         """`encode` with the folder's prompt for questions, where it has one."""
-        return self.encode(texts, **({"prompt": self.prompt_for(QUERY_PROMPTS)} | options))
+        return self.encode(texts, **options, **self.prompt_option(QUERY_PROMPTS, options))
 
     def encode_document(self, texts: Sequence[str] | str, **options: Any) -> Any:
         """`encode` with the folder's prompt for documents, where it has one."""
-        return self.encode(texts, **({"prompt": self.prompt_for(DOCUMENT_PROMPTS)} | options))
+        return self.encode(texts, **options, **self.prompt_option(DOCUMENT_PROMPTS, options))
 
-    def prompt_for(self, names: Sequence[str]) -> str | None:
-        """The first of these prompts that the folder defines; None: `encode` takes the default."""
-        return next((self.prompts[name] for name in names if name in self.prompts), None)
+    def prompt_option(self, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
+        """The first of these prompts that the folder defines, unless the options name one."""
+        named = options.get("prompt") is not None or options.get("prompt_name") is not None
+        known = [name for name in names if name in self.prompts]
+        return {"prompt_name": known[0]} if known and not named else {}
 
     def similarity(self, first: Vectors, second: Vectors) -> Tensor:
         """Cosines of all pairs, (N, M)."""
@@ -97,5 +99,6 @@ def texts_of(inputs: Sequence[str] | Iterable[Mapping[str, Sequence[str]]]) -> l
 
 
 def prompt_names(prompt_type: Any) -> Sequence[str]:
-    """The names for one of mteb's prompt types, "query" or "document"."""
-    return QUERY_PROMPTS if str(getattr(prompt_type, "value", prompt_type)) == "query" else DOCUMENT_PROMPTS
+    """The names for one of mteb's prompt types, "query" or "document"; none for None."""
+    kind = getattr(prompt_type, "value", prompt_type)
+    return {"query": QUERY_PROMPTS, "document": DOCUMENT_PROMPTS}.get(kind, ())

@@ -31,6 +31,7 @@ def test_prompts_for_questions_and_documents(ours: Embedder, theirs: Any) -> Non
     assert ours.encode_query(TEXTS) == pytest.approx(theirs.encode_query(TEXTS), abs=1e-5)
     assert ours.encode_document(TEXTS) == pytest.approx(theirs.encode_document(TEXTS), abs=1e-5)
     assert (ours.encode_query(TEXTS, prompt="") == ours.encode(TEXTS, prompt="")).all()
+    assert (ours.encode_query(TEXTS, prompt_name="document") == ours.encode_document(TEXTS)).all()
 
 
 def test_options_of_others_are_taken_and_mistakes_are_not(ours: Embedder) -> None:
