@@ -50,20 +50,20 @@ def run_evaluate(configuration: EvaluateConfiguration) -> Evaluation:
     begun = time.monotonic()
     check(configuration)
     sets = read_sets(configuration)
-    settings = {
+    settings: dict[str, Any] = {
         "device": configuration.device,
         "dtype": configuration.dtype,
         "chunk_tokens": configuration.chunk_tokens,
     }
-    model = ProductModel(configuration.model, **settings)  # type: ignore[arg-type]
+    model = ProductModel(configuration.model, **settings)
     measured: list[Measured] = []
     described: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         systems: dict[str, TextModel] = {OWN: model}
         if configuration.random_weights:
-            systems[RANDOM] = open_model(stack.enter_context(random_twin(configuration.model)), **settings)  # type: ignore[arg-type]
+            systems[RANDOM] = open_model(stack.enter_context(random_twin(configuration.model)), **settings)
         for name, peer in configuration.peers.items():
-            systems[name] = open_model(peer.path, **settings)  # type: ignore[arg-type]
+            systems[name] = open_model(peer.path, **settings)
         for name, (kind, data) in sets.items():
             log.info("%s (%s)", name, kind)
             found = list(MEASURE[kind](name, data, configuration, systems))
