@@ -49,11 +49,11 @@ class Protocols:
 
     def encode_query(self, texts: Sequence[str] | str, **options: Any) -> Any:
         """`encode` with the folder's prompt for questions, where it has one."""
-        return self.encode(texts, **options, **self.prompt_option(QUERY_PROMPTS, options))
+        return self.encode(texts, **(options | self.prompt_option(QUERY_PROMPTS, options)))
 
     def encode_document(self, texts: Sequence[str] | str, **options: Any) -> Any:
         """`encode` with the folder's prompt for documents, where it has one."""
-        return self.encode(texts, **options, **self.prompt_option(DOCUMENT_PROMPTS, options))
+        return self.encode(texts, **(options | self.prompt_option(DOCUMENT_PROMPTS, options)))
 
     def prompt_option(self, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
         """The first of these prompts that the folder defines, unless the options name one."""

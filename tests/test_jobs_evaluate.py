@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
-from test_jobs_cli import nightloom, refused
+from test_jobs_cli import nightloom
 
 from jobs.configuration import load
 from jobs.evaluate import correlation_of, evaluate, run_evaluate, validate
@@ -36,7 +36,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return str(folder / name)
 
-    texts = [sentence(150 if i % 2 else 8) for i in range(24)]
+    texts = [f"number{i} {sentence(150 if i % 2 else 8)}" for i in range(24)]
     write("beir/corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)])
     write("beir/queries.jsonl", [{"_id": f"q{i}", "text": text[:40]} for i, text in enumerate(texts)])
     (folder / "beir" / "qrels").mkdir()
@@ -161,7 +161,6 @@ def test_the_command_prints_json_and_writes_it_elsewhere(model: Path, sets: dict
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == json.loads(out.read_text())
     assert json.loads(run.stdout)["figures"][0]["name"] == "pairs/document/spearman"
-    refused("evaluate", model, says="nothing to evaluate on; name a set, as in --set retrieval.NAME.path=FOLDER")
 
 
 def test_what_is_wrong_is_said_before_anything_is_embedded(tmp_path: Path, sets: dict[str, Any]) -> None:
@@ -170,6 +169,7 @@ def test_what_is_wrong_is_said_before_anything_is_embedded(tmp_path: Path, sets:
             run_evaluate(configured(tmp_path / "no model", **settings))
 
     pairs = sets["similarity"]["pairs"]
+    wrong("nothing to evaluate on; name a set, as in --set retrieval.NAME.path=FOLDER")
     wrong("has no corpus.jsonl", retrieval={"x": {"path": str(tmp_path)}})
     wrong("the name 'x' stands for two sets", similarity={"x": pairs}, masked={"x": {"tokens": "t"}})
     wrong("a slash in it", similarity={"a/b": pairs})

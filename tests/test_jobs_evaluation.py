@@ -66,7 +66,7 @@ def test_a_block_names_each_system_once() -> None:
         "s, 9 items",
         "  document  ndcg@10  0.500 (0.400 to 0.600)",
         "            mrr@10   0.450 (0.300 to 0.600)",
-        "  bm25      ndcg@10  0.500 (0.400 to 0.600)  -0.100 (-0.200 to +0.000) against document",
+        "  bm25      ndcg@10  0.400 (0.300 to 0.500)  -0.100 (-0.200 to +0.000) against document",
     ]
 
 

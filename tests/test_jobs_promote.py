@@ -82,9 +82,9 @@ def test_a_missed_gate_is_status_3_and_changes_nothing(tmp_path: Path, model: Pa
     assert "low of s/document/ndcg@10 is 0.40000, wanted >= 0.41: missed by 0.01000" in run.stdout
     assert "difference high of s/bm25/ndcg@10 is 0.00000, wanted <= 0: holds" in run.stdout
     assert not place.exists()
-    report = json.loads(nightloom("promote", model, place, "--gates", gates(tmp_path, least=0.41), "--json").stdout)
-    assert report["status"] == "unpublished"
-    assert [outcome["missed_by"] > 0 for outcome in report["outcomes"]] == [True, False]
+    report = run_promote(str(model), str(place), gates(tmp_path, least=0.41))
+    assert json.loads(report.to_json())["status"] == "unpublished"
+    assert [outcome.missed_by > 0 for outcome in report.outcomes] == [True, False]
 
 
 def test_other_weights_than_were_evaluated_are_refused(tmp_path: Path, model: Path) -> None:
