@@ -75,11 +75,11 @@ def test_evaluators_of_sentence_transformers(ours: Embedder, theirs: Any) -> Non
 def test_tasks_of_mteb(ours: Embedder, theirs: Any) -> None:
     """The tasks that mteb ships to try models with: they hold their few texts themselves."""
     mteb = pytest.importorskip("mteb")
-    from mteb.mocks.mock_tasks import MockClassificationTask, MockClusteringFastTask, MockRetrievalTask, MockSTSTask
+    from mteb.mocks.mock_tasks import MockClassificationTask, MockPairClassificationTask, MockRetrievalTask, MockSTSTask
     from mteb.models.models_protocols import EncoderProtocol
 
     assert isinstance(ours, EncoderProtocol)
-    tasks = [MockRetrievalTask(), MockSTSTask(), MockClassificationTask(), MockClusteringFastTask()]
+    tasks = [MockRetrievalTask(), MockSTSTask(), MockClassificationTask(), MockPairClassificationTask()]
     scores = []
     for model in (ours, theirs):
         results = mteb.evaluate(model, tasks, cache=None, show_progress_bar=False).task_results
