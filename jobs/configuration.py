@@ -252,6 +252,9 @@ def describe(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
             ]
             yield f"{prefix}{name} = {default}" + (f"  ({', '.join(choices)})" if choices else "")
             yield f"    {field.description}"
+        elif prefix:  # what a command needs is an argument of its own; what a group needs is not
+            yield f"{prefix}{name}"
+            yield f"    {field.description}"
 
 
 def members(annotation: Any) -> list[Any]:

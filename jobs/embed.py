@@ -23,6 +23,7 @@ from jobs.plan import (
     list_corpus,
     make_recipe,
     open_table,
+    pinned,
     read_columns,
     read_model,
     survey_corpus,
@@ -64,6 +65,7 @@ def run_embed(
     """
     limit = limit_of(configuration, begun)
     files = list_corpus(configuration)
+    configuration = pinned(configuration)
     model = read_model(configuration)
     table = open_table(configuration, model)  # refuses before anything is written
     run, settings = run or new_run(), configuration.model_dump(mode="json")

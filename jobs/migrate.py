@@ -16,7 +16,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from jobs.configuration import EmbedConfiguration
 from jobs.embed import run_embed
-from jobs.plan import make_recipe, read_model
+from jobs.plan import make_recipe, pinned, read_model
 from jobs.report import EmbedReport
 from model.errors import InputError
 from pipeline import storage
@@ -37,7 +37,7 @@ def run_migrate(configuration: EmbedConfiguration, **how: Any) -> EmbedReport:
     Raises:
         InputError: as `run_embed`; or a migration to a third recipe is under way.
     """
-    uri = configuration.table
+    uri, configuration = configuration.table, pinned(configuration)
     table, model = EmbeddingTable.find(uri), read_model(configuration)
     if table is None or not differs(configuration, table):
         report = run_embed(configuration, **how)

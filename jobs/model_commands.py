@@ -1,4 +1,4 @@
-"""The commands of `nightloom` that make and try models: prepare, pretrain, generate, quantize."""
+"""The commands of `nightloom` that make and try models: from token shards to a promoted folder."""
 
 import argparse
 from functools import partial
@@ -7,7 +7,7 @@ from jobs.commands import Commands, Report, add_command, add_settings
 
 
 def add_model_commands(commands: Commands) -> None:
-    """prepare, pretrain, generate, quantize."""
+    """prepare, pretrain, evaluate, promote, generate, quantize."""
     prepare = add_command(commands, "prepare", "turn a corpus into token shards to train on")
     prepare.add_argument("source", metavar="SOURCE", help="as for embed")
     prepare.add_argument("tokens", metavar="TOKENS", help="folder or s3:// prefix of the token shards")
@@ -18,6 +18,18 @@ def add_model_commands(commands: Commands) -> None:
     pretrain = add_command(commands, "pretrain", "train an encoder on token shards, or go on with training")
     add_settings(pretrain, "jobs.phases:PretrainConfiguration", file="config")
     pretrain.set_defaults(run=run_pretrain)
+    evaluate = add_command(
+        commands, "evaluate", "say what a model is worth: retrieval, similarity, classification, masking"
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="model folder (s3:// too) or hub id; gets evaluation.json")
+    add_settings(evaluate, "jobs.evaluation:EvaluateConfiguration", file="config", nargs="?")
+    evaluate.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    evaluate.set_defaults(run=run_evaluate)
+    promote = add_command(commands, "promote", "let a model be used if its evaluation passes the gates")
+    promote.add_argument("model", metavar="MODEL", help="model folder (s3:// too) that was evaluated")
+    promote.add_argument("destination", metavar="DESTINATION", help="folder or s3:// prefix that embed --model names")
+    promote.add_argument("--gates", metavar="FILE", required=True, help="TOML file with [[gate]] tables")
+    promote.set_defaults(run=run_promote)
     generate = add_command(commands, "generate", "go on from a prompt with a decoder; the text appears as it comes")
     generate.add_argument("model", metavar="MODEL", help="model folder (s3:// too) or hub id of a decoder")
     generate.add_argument("prompt", metavar="PROMPT", help="the beginning of a text, in quotes")
@@ -58,6 +70,21 @@ def run_pretrain(options: argparse.Namespace) -> Report:
     from jobs.pretrain import run_pretrain
 
     return run_pretrain(load(PretrainConfiguration, file=options.config, sets=options.set, given={}))
+
+
+def run_evaluate(options: argparse.Namespace) -> Report:
+    from jobs.configuration import load
+    from jobs.evaluate import run_evaluate
+    from jobs.evaluation import EvaluateConfiguration
+
+    given = {name: getattr(options, name) for name in ("model", "output")}
+    return run_evaluate(load(EvaluateConfiguration, file=options.config, sets=options.set, given=given))
+
+
+def run_promote(options: argparse.Namespace) -> Report:
+    from jobs.promote import run_promote
+
+    return run_promote(options.model, options.destination, options.gates)
 
 
 def run_generate(options: argparse.Namespace) -> Report:

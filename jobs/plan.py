@@ -33,7 +33,7 @@ from pipeline.documents import check_source, document_schema, estimate_documents
 from pipeline.keys import Keys
 from pipeline.ledger import RECORDS_OF_PACE, past_pace, read_records
 from pipeline.recipe import Recipe
-from pipeline.storage import SourceFile, is_s3, list_sources, local_model
+from pipeline.storage import SourceFile, is_s3, list_sources, local_model, promoted_model
 from pipeline.survey import Options, Plan, RayTasks, Tasks, make_plan
 from pipeline.table import NEXT, EmbeddingTable
 from pipeline.tokens import TokenizeStage
@@ -77,6 +77,13 @@ class Model:
     prompt: str
     normalize: bool
     dim: int
+
+
+def pinned(configuration: EmbedConfiguration) -> EmbedConfiguration:
+    """The configuration with the folder that counts in the place of a place where models are promoted: that is what a
+    table and the ledger remember, whatever is promoted tomorrow.
+    """
+    return configuration.model_copy(update={"model": promoted_model(configuration.model)})
 
 
 def read_model(configuration: EmbedConfiguration) -> Model:
@@ -329,6 +336,7 @@ def run_plan(configuration: EmbedConfiguration, *, price_per_hour: float | None 
     if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
         raise InputError(f"--price-per-hour is {price_per_hour}; it must be a price, 0 or more")
     files = list_corpus(configuration)
+    configuration = pinned(configuration)
     model = read_model(configuration)
     table = open_table(configuration, model)
     small = is_small(files, read_columns(configuration.columns), table)

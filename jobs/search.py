@@ -18,8 +18,6 @@ from pipeline.ledger import read_records
 from pipeline.storage import list_sources, local_model
 from pipeline.table import PUBLISHED, EmbeddingTable
 
-QUERY_PROMPTS = ("query", "search_query", "question")
-"""Names under which model folders keep the prompt for questions; the first that there is counts."""
 SNIPPET_CHARS = 160
 MOST_BYTES = 64_000_000
 """Largest source file that is read for the sake of a snippet."""
@@ -95,10 +93,7 @@ def run_search(
     from model.embedder import Embedder
 
     embedder = Embedder(name, device=device)
-    prompt = next((embedder.prompts[p] for p in QUERY_PROMPTS if p in embedder.prompts), None)
-    vector = embedder.encode(
-        query, prompt=prompt, normalize_embeddings=table.recipe.normalize, truncate_dim=table.recipe.dim
-    )
+    vector = embedder.encode_query(query, normalize_embeddings=table.recipe.normalize, truncate_dim=table.recipe.dim)
     rows = table.search(vector, k).to_pylist()
     texts = read_texts(table, rows)
     hits = [

@@ -7,8 +7,9 @@ batches of their own. Shape suffixes: T tokens, S sequences, R ranges, D width.
 import ctypes
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from model.folder import check_tokenizer, load_tokenizer, read_folder, tokenizer
 from model.memory import fitting_tokens
 from model.pooling import normalize as normalize_rows
 from model.pooling import pool_segments
+from model.protocols import Protocols, check_left, prompt_names, texts_of
 from model.weights import load_encoder
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"no native bfloat16 on this {device.type}"
 
 
-class Embedder:
+class Embedder(Protocols):
     """A sentence embedder read from a Hugging Face or sentence-transformers folder.
 
     Args:
@@ -121,26 +123,35 @@ class Embedder:
 
     def encode(
         self,
-        texts: Sequence[str] | str,
+        texts: Sequence[str] | str | Iterable[Mapping[str, Sequence[str]]],
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
         normalize_embeddings: bool | None = None,
         truncate_dim: int | None = None,
         tokens_per_batch: int | None = None,
+        prompt_type: Any = None,
+        convert_to_tensor: bool = False,
+        **left: Any,
     ) -> np.ndarray:
         """Embed texts; those over `max_tokens` are truncated, as sentence-transformers does.
 
         Args:
-            texts: any number, of any length; a single string gives a single vector.
+            texts: any number, of any length; a single string gives a single vector. Or mteb's batches.
             prompt_name, prompt: see `prompt_text`.
             normalize_embeddings: unit length; None does what the folder says.
             truncate_dim: keep the first dimensions only (Matryoshka), before normalising.
             tokens_per_batch: token budget of a forward pass.
+            prompt_type: mteb's "query" or "document"; takes the folder's prompt of that name.
+            convert_to_tensor: a torch tensor instead of an array.
+            left: see `model.protocols.LEFT`.
 
         Returns:
             float32 of shape (len(texts), dim), in the order of `texts`.
         """
+        check_left(left)
+        options = {"prompt_name": prompt_name, "prompt": prompt}
+        prompt_name = self.prompt_option(prompt_names(prompt_type), options).get("prompt_name", prompt_name)
         if isinstance(texts, str):
             return self.encode(
                 [texts],
@@ -149,9 +160,10 @@ class Embedder:
                 normalize_embeddings=normalize_embeddings,
                 truncate_dim=truncate_dim,
                 tokens_per_batch=tokens_per_batch,
+                convert_to_tensor=convert_to_tensor,
             )[0]
         prefix = self.prompt_text(prompt_name, prompt)
-        clean = [scrub(prefix + t) for t in texts]
+        clean = [scrub(prefix + t) for t in texts_of(texts)]
         sequences = [self._truncate(e.ids) for e in self.tokenizer.encode_batch_fast(clean)]
         skip = 0
         if prefix and not self.folder.include_prompt:
@@ -166,7 +178,7 @@ class Embedder:
             starts = np.minimum(offsets[:-1] + skip, offsets[1:] - 1)
             sums, weights = self.embed_segments(batch, starts, offsets[1:])
             vectors[group] = self.finish(sums, weights, normalize=normalize_embeddings, truncate_dim=truncate_dim)
-        return vectors
+        return torch.from_numpy(vectors) if convert_to_tensor else vectors  # type: ignore[return-value]
 
     def _truncate(self, ids: list[int]) -> list[int]:
         """The first `max_tokens` tokens, the closing special token kept."""

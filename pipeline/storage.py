@@ -36,6 +36,8 @@ FORMATS: dict[str, Format] = {
 }
 COMPRESSED = (".gz", ".zst")
 S3 = "s3://"
+PROMOTED = "promoted.json"
+"""In a place where models are promoted: which of its folders counts."""
 MAGIC = "*?["
 
 
@@ -285,8 +287,27 @@ def cache_folder(kind: str) -> Path:
     return Path(os.environ.get("NIGHTLOOM_CACHE") or "~/.cache/nightloom").expanduser() / kind
 
 
+def promoted_model(folder_or_id: str) -> str:
+    """The model that counts in a place where `nightloom promote` put some, local or s3://; anything else as it is.
+
+    Raises:
+        InputError: what says which one counts is damaged.
+    """
+    try:
+        files, path = filesystem(folder_or_id)
+        with files.open_input_stream(f"{path}/{PROMOTED}") as stream:
+            pointer = stream.read()
+    except OSError:  # none there, or a place that cannot be read: whoever reads the model says so
+        return folder_or_id
+    try:
+        return f"{folder_or_id.rstrip('/')}/{json.loads(pointer)['model']}"
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder_or_id}/{PROMOTED} is damaged; promote a model again") from None
+
+
 def local_model(folder_or_id: str) -> str:
     """A model where this machine can read it: an s3:// folder is copied into a cache, anything else stays as it is.
+    Where models are promoted, it is the one that counts.
 
     The copy is named by the names, sizes and ETags of the objects: a model that changes gets a new one, one that did
     not is not fetched again. Only JSON and safetensors are copied.
@@ -294,6 +315,7 @@ def local_model(folder_or_id: str) -> str:
     Raises:
         InputError: nothing there, or no permission to read it.
     """
+    folder_or_id = promoted_model(folder_or_id)
     if not is_s3(folder_or_id):
         return folder_or_id
     root = folder_or_id.removeprefix(S3).rstrip("/")
