@@ -18,6 +18,9 @@ def add_model_commands(commands: Commands) -> None:
     pretrain = add_command(commands, "pretrain", "train an encoder on token shards, or go on with training")
     add_settings(pretrain, "jobs.phases:PretrainConfiguration", file="config")
     pretrain.set_defaults(run=run_pretrain)
+    finetune = add_command(commands, "finetune", "train a model further on pairs, vectors, labels, tags or text")
+    add_settings(finetune, "jobs.tuning:FinetuneConfiguration", file="config")
+    finetune.set_defaults(run=run_finetune)
     generate = add_command(commands, "generate", "go on from a prompt with a decoder; the text appears as it comes")
     generate.add_argument("model", metavar="MODEL", help="model folder (s3:// too) or hub id of a decoder")
     generate.add_argument("prompt", metavar="PROMPT", help="the beginning of a text, in quotes")
@@ -48,6 +51,14 @@ def run_pretrain(options: argparse.Namespace) -> Report:
     from jobs.pretrain import run_pretrain
 
     return run_pretrain(load(PretrainConfiguration, file=options.config, sets=options.set, given={}))
+
+
+def run_finetune(options: argparse.Namespace) -> Report:
+    from jobs.configuration import load
+    from jobs.finetune import run_finetune
+    from jobs.tuning import FinetuneConfiguration
+
+    return run_finetune(load(FinetuneConfiguration, file=options.config, sets=options.set, given={}))
 
 
 def run_generate(options: argparse.Namespace) -> Report:
