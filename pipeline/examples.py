@@ -38,6 +38,7 @@ COLUMNS: dict[str, tuple[dict[str, pa.DataType | None], dict[str, pa.DataType | 
     "regression": ({"text": pa.string(), "label": pa.float64()}, {}),
     "tagging": ({"tokens": STRINGS, "tags": STRINGS}, {}),
     "masked": ({"text": pa.string()}, {}),
+    "mining": ({"query": pa.string()}, {"positive": pa.string(), "positive_id": None}),
 }
 """Columns that a task needs, and those that it takes where they are there; None is a column of any simple type."""
 
@@ -185,7 +186,7 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType | None, name: str, file: So
 
 
 def _pairs(table: pa.Table, tokenizer: Tokenizer, reading: Reading) -> Examples:
-    queries, positives = _strings(table, "query"), _strings(table, "positive")
+    queries, positives = strings(table, "query"), strings(table, "positive")
     negatives: list[list[str]] = [[]] * len(queries)
     if "negatives" in table.column_names:
         negatives = [some or [] for some in table["negatives"].to_pylist()]
@@ -240,7 +241,7 @@ def _vectors(table: pa.Table, tokenizer: Tokenizer, reading: Reading) -> Example
 
 
 def _texts(table: pa.Table, tokenizer: Tokenizer, reading: Reading) -> Examples:
-    numbers, texts = _numbers(_strings(table, "text"))
+    numbers, texts = _numbers(strings(table, "text"))
     tokens = _tokenize(texts, [reading.prompt] * len(texts), tokenizer, reading)
     return _examples(tokens, np.arange(len(numbers) + 1), numbers, numbers)
 
@@ -352,7 +353,7 @@ def _cut(values: np.ndarray, max_tokens: int) -> np.ndarray:
     return values if len(values) <= max_tokens else np.concatenate([values[: max_tokens - 1], values[-1:]])
 
 
-def _strings(table: pa.Table, name: str) -> list[str]:
+def strings(table: pa.Table, name: str) -> list[str]:
     values = table[name].to_pylist()
     for row, value in enumerate(values):
         if not value or not value.strip():

@@ -71,7 +71,7 @@ def test_prompts_are_the_folders_unless_given(tiny_model_folder: Path) -> None:
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(InputError, match="the nearest is 'contrastive.temperature'"):
+    with pytest.raises(InputError, match=r"the nearest is 'contrastive\.temperature'"):
         settings("contrastive.temperatur=0.1")
 
 
