@@ -23,9 +23,7 @@ def add_model_commands(commands: Commands) -> None:
     finetune.set_defaults(run=run_finetune)
     mine = add_command(commands, "mine", "find hard negatives for pairs in an embedding table, for finetune")
     mine.add_argument("table", metavar="TABLE", help="folder or s3:// prefix of the table")
-    mine.add_argument(
-        "queries", metavar="QUERIES", help="file with query, and positive_id or positive"
-    )
+    mine.add_argument("queries", metavar="QUERIES", help="file with query, and positive_id or positive")
     mine.add_argument("output", metavar="OUT", help="Parquet file to write")
     mine.add_argument("--model", metavar="FOLDER", help="where the table's model lies now")
     add_settings(mine, "jobs.mine:MineConfiguration")
