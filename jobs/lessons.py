@@ -108,9 +108,8 @@ class Tuning:
     def judge(self, state: State, replicas: Replicas, step: Lesson) -> list[float]:
         """Loss and score of this worker's share of held-out examples."""
         sums = np.zeros(2)
-        with replicas.gathered(state.model):
-            for item in share(step):
-                sums += self.reported(state.model(*self.inputs(step, item, replicas))[1])
+        for item in step.bins:
+            sums += self.reported(state.model(*self.inputs(step, item, replicas))[1])
         return sums.tolist()
 
     def inputs(self, step: Lesson, item: LessonBin, replicas: Replicas) -> tuple[Any, ...]:

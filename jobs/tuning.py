@@ -171,8 +171,8 @@ def check_settings(configuration: FinetuneConfiguration, folder: ModelFolder) ->
         raise InputError(f"data: {tasks[0]} takes one source; put its files into one folder")
     if work.min_workers is not None and work.min_workers > work.workers:
         raise InputError(f"work.min_workers {work.min_workers} is more than work.workers {work.workers}")
-    if work.strategy == "fsdp" and configuration.is_of_vectors:
-        raise InputError("work.strategy is fsdp, and vectors are trained with whole weights on each worker; use ddp")
+    if work.strategy == "fsdp":
+        raise InputError("work.strategy is fsdp, and fine-tuning has whole weights on each worker; use ddp")
     if schedule.epochs is not None and schedule.steps is not None:
         raise InputError("schedule.epochs and schedule.steps are both given; one says how long")
     if schedule.warmup + schedule.decay > 1:

@@ -122,23 +122,22 @@ def read_examples(source: str, tokenizer: Tokenizer, reading: Reading) -> Exampl
 
 
 def read_table(source: str, task: str) -> pa.Table:
-    """The rows of a source with the columns of a task, and `where`: the file and row of each, for messages.
+    """The rows of a source with the columns of a task; `file` and `row` beside them say where each is from.
 
     Raises:
         InputError: as `read_examples`.
     """
     tables = []
     for file in list_sources(source):
-        if file.format == "text":
-            continue
-        table = _read_file(file, task)
-        where = [f"{file.path} row {number}" for number in range(1, len(table) + 1)]
-        tables.append(table.append_column("where", pa.array(where, pa.large_string())))
+        if file.format != "text" and file.size:
+            table = _read_file(file, task)
+            path = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(table), np.int32)), [file.path])
+            table = table.append_column("file", path).append_column("row", pa.array(np.arange(1, len(table) + 1)))
+            tables.append(table)
     if not sum(map(len, tables)):
         raise InputError(f"{source} holds no row to learn from; name Parquet or JSON Lines files with some")
-    names = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
     try:
-        return pa.concat_tables([table.select(names) for table in tables], promote_options="permissive")
+        return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"the files of {source} differ in their columns: {first_words(error)}") from None
 
@@ -170,17 +169,17 @@ def _read_file(file: SourceFile, task: str) -> pa.Table:
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType | None, name: str, file: SourceFile) -> pa.ChunkedArray:
-    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    is_list = is_list or pa.types.is_fixed_size_list(column.type)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if kind is None:
         return column
-    if is_list != pa.types.is_list(kind) and not pa.types.is_null(column.type):
-        raise InputError(f"{file.path}: column {name!r} is {column.type}, expected {kind}")
-    large = pa.large_list(pa.large_string() if kind == STRINGS else kind.value_type) if is_list else kind
+    wanted = {pa.string(): pa.large_string(), STRINGS: pa.large_list(pa.large_string())}.get(kind, kind)
+    wanted = pa.large_list(pa.float32()) if kind == NUMBERS else wanted
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_null)
     try:
-        return column.cast(pa.large_string() if kind == pa.string() else large)
+        if pa.types.is_list(kind) and not any(check(column.type) for check in lists):
+            raise pa.ArrowInvalid("no list")
+        return column.cast(wanted)
     except pa.ArrowException:
         raise InputError(f"{file.path}: column {name!r} is {column.type}, expected {kind}") from None
 
@@ -368,4 +367,4 @@ def _numbers(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
 
 
 def _where(table: pa.Table, row: int) -> str:
-    return table["where"][row].as_py()
+    return f"{table['file'][row].as_py()} row {table['row'][row].as_py()}"
