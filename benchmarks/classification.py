@@ -69,13 +69,13 @@ def fine_tune(model: str, train: Rows, work: Path, options: argparse.Namespace) 
         "keep.evaluate_every": 100,
     }
     configuration = load(FinetuneConfiguration, file=None, sets=(), given=given)
-    check(configuration)
+    _, sources = check(configuration)
 
     def show(line: dict[str, object]) -> None:
         if line["step"] % 20 == 0 or "heldout_loss" in line:  # type: ignore[operator]
             say(json.dumps({k: line[k] for k in ("step", "loss", "accuracy", "heldout_accuracy") if k in line}))
 
-    result = go_on(configuration, Replicas(), Signals(), show)
+    result = go_on(configuration, sources, Replicas(), Signals(), show)
     assert result["status"] == "done", result
     return work / "run" / "model"
 

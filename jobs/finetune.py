@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import ray
 import torch
 from torch import nn
 
@@ -64,11 +65,12 @@ def run_finetune(configuration: FinetuneConfiguration) -> TrainingReport:
         InputError: a model, examples, a checkpoint or settings that do not belong together, or too little disk.
         Diverged, KeyboardInterrupt: as `run_group` does.
     """
-    return run_group("finetune", work_on, configuration, (check(configuration),))
+    phase, sources = check(configuration)
+    return run_group("finetune", work_on, configuration, (phase,), sources=sources)
 
 
-def check(configuration: FinetuneConfiguration) -> Phase:
-    """Everything that can be wrong before a worker starts.
+def check(configuration: FinetuneConfiguration) -> tuple[Phase, list[Examples]]:
+    """Everything that can be wrong before a worker starts. Returns what was read for that.
 
     Raises:
         InputError: it is.
@@ -83,25 +85,26 @@ def check(configuration: FinetuneConfiguration) -> Phase:
         check_resumable(checkpoints.read_record(steps[-1]), shape, configuration, (phase,), tuning.facts())
     average = configuration.schedule.average_every > 0
     checkpoints.check_space(checkpoint_bytes(folder.config, average=average))
-    return phase
+    return phase, sources
 
 
 def work_on(job: Mapping[str, Any]) -> dict[str, Any]:
     """What each worker runs, from the latest checkpoint to the end."""
     configuration = FinetuneConfiguration.model_validate(job["configuration"])
     replicas, signals = member(job, configuration)
-    return go_on(configuration, replicas, signals, signals.post)
+    # Arrays in Ray's object store: read in place, once for each machine.
+    return go_on(configuration, ray.get(job["sources"]), replicas, signals, signals.post)
 
 
 def go_on(
     configuration: FinetuneConfiguration,
+    sources: Sequence[Examples],
     replicas: Replicas,
     signals: Signals,
     show: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train from the latest checkpoint of a run, or from its beginning; with Ray or without. Returns as `resume`."""
     folder = read_folder(local_model(configuration.model.start))
-    sources = read_sources(configuration, folder)
     tuning, phase = make_tuning(configuration, folder, sources)
     state = begin(configuration, folder, sources, replicas)
     return resume(configuration, (phase,), tuning, state, replicas, signals, show)

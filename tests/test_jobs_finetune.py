@@ -97,8 +97,7 @@ def configuration(model: Path, output: Path, data: dict[str, Path], *sets: str) 
 
 def train(settings: FinetuneConfiguration) -> list[dict[str, Any]]:
     """To the end, in this process; the lines."""
-    check(settings)
-    assert go_on(settings, Replicas(), Signals())["status"] == "done"
+    assert go_on(settings, check(settings)[1], Replicas(), Signals())["status"] == "done"
     return read_lines(Path(settings.output) / LINES)
 
 
@@ -244,7 +243,7 @@ def test_a_cut_run_is_the_run(task: str, tiny_masked_folder: Path, tmp_path: Pat
     lines = train(whole)
     cut = whole.model_copy(update={"output": str(tmp_path / "cut")})
     for stop in (3, 7):
-        stopped = go_on(cut.model_copy(update={"stop_after": stop}), Replicas(), Signals())
+        stopped = go_on(cut.model_copy(update={"stop_after": stop}), check(cut)[1], Replicas(), Signals())
         assert (stopped["status"], stopped["step"]) == ("stopped", stop)
     train(cut)
     others = read_lines(tmp_path / "cut" / LINES)
@@ -325,7 +324,7 @@ def test_other_examples_under_a_resumed_run(
     """Through the command: one line, status 2."""
     rows = write_rows(tmp_path, "contrastive", 40)
     settings = configuration(tiny_masked_folder, tmp_path / "run", {"contrastive": rows}, "stop_after=1")
-    assert go_on(settings, Replicas(), Signals())["status"] == "stopped"
+    assert go_on(settings, check(settings)[1], Replicas(), Signals())["status"] == "stopped"
     write_rows(tmp_path, "contrastive", 41)
     file = tmp_path / "run.toml"
     file.write_text(f'output = "{settings.output}"\n[model]\nstart = "{tiny_masked_folder}"\n'

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_jobs_finetune import configuration, train, write_rows
 
-from jobs.finetune import go_on
+from jobs.finetune import check, go_on
 from jobs.monitor import LINES, read_lines
 from jobs.replicas import Replicas
 from jobs.training import Signals
@@ -26,7 +26,7 @@ def be_one_of_two(rank: int, folder: str, model: str) -> None:
     try:
         for task in ("contrastive", "tagging"):
             settings = two_workers(Path(folder), Path(model), task, "two")
-            assert go_on(settings, Replicas(rank, 2), Signals())["status"] == "done"
+            assert go_on(settings, check(settings)[1], Replicas(rank, 2), Signals())["status"] == "done"
     finally:
         dist.destroy_process_group()
 
