@@ -98,7 +98,7 @@ def contrastive_loss(
     """
     queries, positives = texts.of(QUERY), texts.of(POSITIVE)
     documents = torch.cat([positives, texts.of(NEGATIVE)])
-    chosen = torch.arange(share[0], len(queries), share[1], device=vectors_ND.device)
+    chosen = torch.arange(len(queries), device=vectors_ND.device)[share[0] :: share[1]]
     directions = [(queries[chosen], documents)]
     if symmetric:
         directions.append((positives[chosen], queries))
