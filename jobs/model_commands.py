@@ -1,4 +1,4 @@
-"""The commands of `nightloom` that make and try models: prepare, pretrain, generate."""
+"""The commands of `nightloom` that make and try models: prepare, pretrain, finetune, mine, generate."""
 
 import argparse
 from functools import partial
@@ -7,7 +7,7 @@ from jobs.commands import Commands, Report, add_command, add_settings
 
 
 def add_model_commands(commands: Commands) -> None:
-    """prepare, pretrain, generate."""
+    """prepare, pretrain, finetune, mine, generate."""
     prepare = add_command(commands, "prepare", "turn a corpus into token shards to train on")
     prepare.add_argument("source", metavar="SOURCE", help="as for embed")
     prepare.add_argument("tokens", metavar="TOKENS", help="folder or s3:// prefix of the token shards")
