@@ -81,16 +81,17 @@ class Tuning:
         return sum(cost(config, np.diff(item.cu_seqlens).tolist(), mode="training").flops for item in step.bins)
 
     def line(self, counts: Sequence[float], sums: Sequence[float]) -> tuple[float, dict[str, Any]]:
-        total = max(sum(counts), 1.0)
+        loss, score = (value / max(sum(counts), 1.0) for value in sums)
         source = int(np.argmax(counts))
-        return sums[0] / total, {
-            "loss": sums[0] / total,
-            self.score(source): sums[1] / total,
-            "source": list(self.configuration.data)[source],
-        }
+        values = {"loss": loss, "source": list(self.configuration.data)[source]}
+        return loss, values | self.scored("", source, score)
 
-    def score(self, source: int) -> str:
-        return "cosine" if self.configuration.tasks[source] == "distillation" else "accuracy"
+    def scored(self, prefix: str, source: int, score: float) -> dict[str, float]:
+        """A source's score under its name; numbers have none beside their loss."""
+        task = self.configuration.tasks[source]
+        if task == "regression":
+            return {}
+        return {prefix + ("cosine" if task == "distillation" else "accuracy"): score}
 
     def learn(
         self, state: State, replicas: Replicas, step: Lesson, counts: Sequence[float], factor: float
@@ -136,8 +137,8 @@ class Tuning:
         for number, (name, (loss, score, count)) in enumerate(zip(self.configuration.data, totals, strict=True)):
             if count:
                 # The first source is what is looked at; others beside it, under their names.
-                which = "" if number == 0 else f"_{name}"
-                values |= {f"heldout_loss{which}": loss / count, f"heldout_{self.score(number)}{which}": score / count}
+                found = {"heldout_loss": loss / count} | self.scored("heldout_", number, score / count)
+                values |= {key if number == 0 else f"{key}_{name}": value for key, value in found.items()}
         return values
 
     def facts(self) -> dict[str, Any]:
