@@ -174,7 +174,7 @@ def check_settings(configuration: FinetuneConfiguration, folder: ModelFolder) ->
     if work.strategy == "fsdp":
         raise InputError("work.strategy is fsdp, and fine-tuning has whole weights on each worker; use ddp")
     if schedule.epochs is not None and schedule.steps is not None:
-        raise InputError("schedule.epochs and schedule.steps are both given; one says how long")
+        raise InputError("schedule.epochs and schedule.steps are both given; take one away (schedule.epochs=none)")
     if schedule.warmup + schedule.decay > 1:
         raise InputError(
             f"schedule.warmup {schedule.warmup} and schedule.decay {schedule.decay} are more than 1 together"

@@ -277,7 +277,7 @@ def test_what_is_frozen_stays_and_lower_layers_move_less(tiny_masked_folder: Pat
         ("contrastive", ["matryoshka.dims=[65]"], "matryoshka.dims has 65; the model's vectors have 64 dimensions"),
         ("contrastive", ["matryoshka.dims=[8]", "matryoshka.weights=[1.0,2.0]"], "1 dims have 2 weights"),
         ("contrastive", ["model.freeze_layers=9"], "model.freeze_layers is 9; the model has 4 layers"),
-        ("contrastive", ["schedule.epochs=1.0"], "both given; one says how long"),
+        ("contrastive", ["schedule.epochs=1.0"], "both given; take one away"),
         ("contrastive", ["work.strategy=fsdp"], "use ddp"),
         ("contrastive", ["data.contrastive.path=nowhere"], "data.contrastive: the source nowhere does not exist"),
         ("contrastive", ["model.start=nowhere/at/all"], "no model folder at"),
