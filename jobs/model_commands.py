@@ -7,7 +7,7 @@ from jobs.commands import Commands, Report, add_command, add_settings
 
 
 def add_model_commands(commands: Commands) -> None:
-    """prepare, pretrain, evaluate, promote, generate, quantize."""
+    """prepare, pretrain, finetune, mine, evaluate, promote, generate, quantize."""
     prepare = add_command(commands, "prepare", "turn a corpus into token shards to train on")
     prepare.add_argument("source", metavar="SOURCE", help="as for embed")
     prepare.add_argument("tokens", metavar="TOKENS", help="folder or s3:// prefix of the token shards")
@@ -18,6 +18,16 @@ def add_model_commands(commands: Commands) -> None:
     pretrain = add_command(commands, "pretrain", "train an encoder on token shards, or go on with training")
     add_settings(pretrain, "jobs.phases:PretrainConfiguration", file="config")
     pretrain.set_defaults(run=run_pretrain)
+    finetune = add_command(commands, "finetune", "train a model further on pairs, vectors, labels, tags or text")
+    add_settings(finetune, "jobs.tuning:FinetuneConfiguration", file="config")
+    finetune.set_defaults(run=run_finetune)
+    mine = add_command(commands, "mine", "find hard negatives for pairs in an embedding table, for finetune")
+    mine.add_argument("table", metavar="TABLE", help="folder or s3:// prefix of the table")
+    mine.add_argument("queries", metavar="QUERIES", help="file with query, and positive_id or positive")
+    mine.add_argument("output", metavar="OUT", help="Parquet file to write")
+    mine.add_argument("--model", metavar="FOLDER", help="where the table's model lies now")
+    add_settings(mine, "jobs.mine:MineConfiguration")
+    mine.set_defaults(run=run_mine)
     evaluate = add_command(
         commands, "evaluate", "say what a model is worth: retrieval, similarity, classification, masking"
     )
@@ -70,6 +80,22 @@ def run_pretrain(options: argparse.Namespace) -> Report:
     from jobs.pretrain import run_pretrain
 
     return run_pretrain(load(PretrainConfiguration, file=options.config, sets=options.set, given={}))
+
+
+def run_finetune(options: argparse.Namespace) -> Report:
+    from jobs.configuration import load
+    from jobs.finetune import run_finetune
+    from jobs.tuning import FinetuneConfiguration
+
+    return run_finetune(load(FinetuneConfiguration, file=options.config, sets=options.set, given={}))
+
+
+def run_mine(options: argparse.Namespace) -> Report:
+    from jobs.configuration import load
+    from jobs.mine import MineConfiguration, run_mine
+
+    named = {name: getattr(options, name) for name in ("table", "queries", "output", "model")}
+    return run_mine(load(MineConfiguration, file=options.config, sets=options.set, given=named))
 
 
 def run_evaluate(options: argparse.Namespace) -> Report:
