@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.retrieval import interval
 from benchmarks.setting import HOME, environment, keep, say
 from jobs.configuration import load
 from jobs.finetune import check, go_on
+from jobs.intervals import interval, mean_of
 from jobs.replicas import Replicas
 from jobs.training import Signals
 from jobs.tuning import FinetuneConfiguration
@@ -144,9 +144,9 @@ def main() -> None:
     figures = {}
     print("| system | accuracy | 95 % |\n|---|---|---|")
     for system, answers in found.items():
-        mean, low, high = interval((np.array(answers) == truth).astype(np.float64))
-        figures[system] = [round(value, 4) for value in (mean, low, high)]
-        print(f"| {system} | {mean:.3f} | {low:.3f} to {high:.3f} |")
+        accuracy = interval(mean_of((np.array(answers) == truth).astype(np.float64)), len(truth))
+        figures[system] = [round(value, 4) for value in (accuracy.value, accuracy.low, accuracy.high)]
+        print(f"| {system} | {accuracy.value:.3f} | {accuracy.low:.3f} to {accuracy.high:.3f} |")
     record = {
         "benchmark": "classification",
         "environment": environment(),

@@ -21,8 +21,6 @@ from jobs.replicas import Replicas
 from jobs.state import State, check_resumable, checkpoint_bytes
 from jobs.training import Signals, resume
 from jobs.tuning import (
-    DOCUMENT_PROMPTS,
-    QUERY_PROMPTS,
     FinetuneConfiguration,
     check_settings,
     count_steps,
@@ -39,6 +37,7 @@ from model.gradcache import VectorModel
 from model.heads import Headed, MaskedLanguageModel, SequenceClassifier, TokenClassifier
 from model.losses import Pretraining
 from model.optimizer import LossScale, StableAdamW, parameter_groups
+from model.protocols import DOCUMENT_PROMPTS, QUERY_PROMPTS
 from model.schedule import SpikeGuard
 from model.supervised import Supervised, labelled, put_classifier
 from model.weights import load_encoder, load_model

@@ -18,8 +18,9 @@ from pydantic import Field
 
 from jobs.configuration import Settings
 from jobs.report import clock, line
-from jobs.search import QUERY_PROMPTS, columns_of, find_model
+from jobs.search import columns_of, find_model
 from model.errors import InputError
+from model.protocols import QUERY_PROMPTS
 from pipeline.columns import hash_texts
 from pipeline.documents import read_documents
 from pipeline.examples import read_table, strings

@@ -14,9 +14,6 @@ from pipeline.stream import StreamConfig
 Task = Literal["contrastive", "distillation", "classification", "regression", "tagging", "masked"]
 VECTOR_TASKS = ("contrastive", "distillation")
 """Tasks of one model without a head; others stand alone, because each has a head of its own."""
-QUERY_PROMPTS = ("query", "search_query", "question")
-DOCUMENT_PROMPTS = ("document", "passage", "search_document")
-"""Names under which model folders keep prompts for questions and for texts; the first that there is counts."""
 
 
 class SourceSettings(Settings):

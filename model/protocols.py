@@ -14,7 +14,7 @@ from torch import Tensor
 
 QUERY_PROMPTS = ("query", "search_query", "question")
 """Names under which model folders keep the prompt for questions; the first that there is counts."""
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+DOCUMENT_PROMPTS = ("document", "passage", "search_document", "corpus")
 LEFT = frozenset(
     {
         *("batch_size", "show_progress_bar", "convert_to_numpy", "device", "chunk_size", "num_workers"),
