@@ -14,14 +14,12 @@ from typing import Any
 
 import pytest
 from strikes import ancestors, own_raylets, processes
-from test_jobs_pretrain import Command, one_worker, same_learning, write_config
+from test_jobs_pretrain import Command, same_learning, write_config
 
 from jobs.checkpoints import Checkpoints
 from jobs.monitor import LINES, read_lines
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["one_worker"]  # a fixture
 
 SLOW_S, QUICK_S = 1.0, 0.05
 """Workers stand still for so long, then run for so long: sixty tiny steps must outlast what a cluster takes to notice.
@@ -111,9 +109,7 @@ def sizes(lines: list[dict[str, Any]]) -> list[int]:
     return [size for size, _ in itertools.groupby(item["workers"] for item in lines)]
 
 
-def test_a_group_that_shrinks_and_grows_learns_the_same(
-    machines: Machines, start: Any, one_worker: list[dict[str, Any]]
-) -> None:
+def test_a_group_that_shrinks_and_grows_learns_the_same(machines: Machines, start: Any) -> None:
     """2 -> 1 -> 2: a machine vanishes, and another one comes."""
     command = start()
     command.wait_for(8)
@@ -127,12 +123,10 @@ def test_a_group_that_shrinks_and_grows_learns_the_same(
     print(f"goes on with two workers after {time.monotonic() - gained:.0f} s")
     machines.stop_holding_back()
     assert command.finish(900)["status"] == "done"
-    assert sizes(same_learning(command.output, one_worker)) == [2, 1, 2]
+    assert sizes(same_learning(command.output)) == [2, 1, 2]
 
 
-def test_a_machine_that_is_announced_to_go_costs_no_checkpoint_interval(
-    machines: Machines, start: Any, one_worker: list[dict[str, Any]]
-) -> None:
+def test_a_machine_that_is_announced_to_go_costs_no_checkpoint_interval(machines: Machines, start: Any) -> None:
     """Checkpoints come only where a machine is about to be taken away; the run goes on from that one."""
     command = start("keep.checkpoint_every=1000")
     command.wait_for(3)
@@ -149,4 +143,4 @@ def test_a_machine_that_is_announced_to_go_costs_no_checkpoint_interval(
     assert next(item["step"] for item in again if item["workers"] == 1) == saved[0] + 1
     machines.stop_holding_back()
     assert command.finish(900)["status"] == "done"
-    assert sizes(same_learning(command.output, one_worker)) == [2, 1]
+    assert sizes(same_learning(command.output)) == [2, 1]
