@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.attention import BACKENDS, attend, choose_backend, equal_runs, prepare
+from model.attention import BACKENDS, _to_blocks, _unfolded, attend, choose_backend, equal_runs, prepare
 from model.batch import PackedBatch, pack
 from model.errors import InputError
 from model.patterns import QUERY_BLOCK, Pattern
@@ -205,3 +205,14 @@ def test_a_backend_that_cannot_run_is_refused(name: str, said: str) -> None:
 def test_every_backend_is_tested() -> None:
     """`amx` has no gradient: test_model_kernels.py has its tests."""
     assert {case.values[0] for case in KERNELS} | {"reference", "amx"} == set(BACKENDS)
+
+
+@pytest.mark.parametrize("before, after", [(64, 64), (64, 0), (0, 0), (5, 5)])
+@pytest.mark.parametrize("total", [1, 32, 67])
+def test_overlapping_blocks_and_their_gradient(total: int, before: int, after: int) -> None:
+    x = torch.randn(total, 2, 3, dtype=torch.float64, requires_grad=True)
+    blocks = _to_blocks(x, before, after)
+    assert torch.equal(blocks, _unfolded(x, before, after))
+    weight = torch.randn(blocks.shape, dtype=torch.float64)
+    found, expected = (torch.autograd.grad((b * weight).sum(), x)[0] for b in (blocks, _unfolded(x, before, after)))
+    torch.testing.assert_close(found, expected)
