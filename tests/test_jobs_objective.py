@@ -37,7 +37,7 @@ def test_a_decoder_learns_and_can_be_loaded(text_shards: Path, tmp_path: Path) -
     output = tmp_path / "run"
     assert pretrain(text_shards, output, CAUSAL)["status"] == "done"
     lines = read_lines(output / LINES)
-    assert lines[-1]["heldout_loss"] < lines[0]["loss"] - 0.7
+    assert lines[-1]["heldout_loss"] < lines[0]["loss"] - 0.5
     before = [0, *(item["tokens"] for item in lines)]
     shares = [item["masked"] / (item["tokens"] - earlier) for item, earlier in zip(lines, before, strict=False)]
     assert all(0.7 < share < 1 for share in shares), "all but the last token of a sequence has a next one"
