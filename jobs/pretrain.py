@@ -8,12 +8,11 @@ from jobs.group import TrainingReport, member, run_group
 from jobs.objective import LanguageModelling, facts_of
 from jobs.phases import Phase, PretrainConfiguration, plan_phases
 from jobs.replicas import Replicas
-from jobs.state import begin, check_resumable, checkpoint_bytes, starting_shape
+from jobs.state import begin, check_resumable, checkpoint_bytes, starting_folder, starting_shape
 from jobs.training import Signals, resume
 from model.errors import InputError
-from model.folder import read_folder, tokenizer_hash
+from model.folder import tokenizer_hash
 from pipeline.shards import TokenShards
-from pipeline.storage import local_model
 
 
 def run_pretrain(configuration: PretrainConfiguration) -> TrainingReport:
@@ -41,7 +40,7 @@ def check(configuration: PretrainConfiguration) -> tuple[Phase, ...]:
     checkpoints = Checkpoints(configuration.output, keep.checkpoints)
     steps = checkpoints.steps()
     record = checkpoints.read_record(steps[-1]) if steps else None
-    folder = read_folder(local_model(start)).path if start is not None else None
+    folder = starting_folder(configuration).path if start is not None else None
     tokenizer = tokenizer_hash(folder) if folder and (folder / "tokenizer.json").exists() else None
     fingerprint = record["facts"].get("manifest") if record else None
     shards = TokenShards.open(configuration.tokens, tokenizer=tokenizer, fingerprint=fingerprint)

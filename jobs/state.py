@@ -23,7 +23,7 @@ from model.decoder import CausalLanguageModel, Decoder
 from model.embedder import choose_dtype
 from model.encoder import Encoder, init_weights
 from model.errors import InputError
-from model.folder import read_folder
+from model.folder import ModelFolder, read_folder
 from model.growth import extend_context, tile
 from model.heads import MaskedLanguageModel
 from model.losses import Pretraining
@@ -104,16 +104,24 @@ def starting_shape(configuration: PretrainConfiguration, manifest: Manifest) -> 
     settings = configuration.model
     if settings.start is None:
         return shape_of(settings, manifest, causal=configuration.objective.task == "causal")
-    folder = read_folder(storage.local_model(settings.start))
+    folder = starting_folder(configuration)
     if folder.config.vocab_size < manifest.vocab_size:
         raise InputError(
             f"{settings.start} has {folder.config.vocab_size} rows and the token shards ids up to "
             f"{manifest.vocab_size - 1}; prepare them with the model's tokenizer"
         )
-    if folder.config.causal != (configuration.objective.task == "causal"):
-        kind, task = ("a decoder", "causal") if folder.config.causal else ("an encoder", "masked")
-        raise InputError(f"{settings.start} is {kind}; set objective.task to {task!r}, or start from another model")
     return folder.config
+
+
+def starting_folder(configuration: PretrainConfiguration) -> ModelFolder:
+    """The model to start from.
+
+    Raises:
+        InputError: none there, or an encoder where a decoder is wanted, or the other way about.
+    """
+    assert configuration.model.start is not None
+    causal = configuration.objective.task == "causal"
+    return read_folder(storage.local_model(configuration.model.start), causal=causal)
 
 
 def begin(configuration: PretrainConfiguration, manifest: Manifest, replicas: Replicas) -> State:
@@ -129,7 +137,7 @@ def begin(configuration: PretrainConfiguration, manifest: Manifest, replicas: Re
     generator = torch.Generator().manual_seed(configuration.seed)
     language_model: MaskedLanguageModel | CausalLanguageModel
     if settings.start is not None:
-        loaded = load_model(read_folder(storage.local_model(settings.start)), architecture_of(shape), **options)
+        loaded = load_model(starting_folder(configuration), architecture_of(shape), **options)
         assert isinstance(loaded, MaskedLanguageModel | CausalLanguageModel)
         language_model = loaded.float()
     else:

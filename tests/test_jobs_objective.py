@@ -41,7 +41,7 @@ def test_a_decoder_learns_and_can_be_loaded(text_shards: Path, tmp_path: Path) -
     before = [0, *(item["tokens"] for item in lines)]
     shares = [item["masked"] / (item["tokens"] - earlier) for item, earlier in zip(lines, before, strict=False)]
     assert all(0.7 < share < 1 for share in shares), "all but the last token of a sequence has a next one"
-    model = load_decoder(read_folder(output / "model"))
+    model = load_decoder(read_folder(output / "model", causal=True))
     assert model.model.config.global_theta == 160_000.0
     # It is the model that was trained: as good on held-out text as the last weights, or, as their average, better.
     settings = configuration(text_shards, output, CAUSAL, f"model.start={json.dumps(str(output / 'model'))}")
@@ -68,7 +68,7 @@ def test_what_does_not_go_together(text_shards: Path, tmp_path: Path) -> None:
         check(configuration(text_shards, tmp_path / "run", CAUSAL))
     pretrain(text_shards, tmp_path / "whole")
     start = f"model.start={json.dumps(str(tmp_path / 'whole' / 'model'))}"
-    with pytest.raises(InputError, match=r"is an encoder; set objective\.task to 'masked'"):
+    with pytest.raises(InputError, match=r"holds an encoder .*; give the folder of a decoder"):
         check(configuration(text_shards, tmp_path / "other", CAUSAL, start))
 
 
