@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Waiting
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -81,11 +82,14 @@ class TrainingReport:
         return json.dumps(asdict(self))
 
 
-def run_group(name: str, loop: Loop, configuration: RunSettings, phases: tuple[Phase, ...]) -> TrainingReport:
+def run_group(
+    name: str, loop: Loop, configuration: RunSettings, phases: tuple[Phase, ...], **shared: Any
+) -> TrainingReport:
     """Train under Ray Train, from wherever the output stands. Everything that can be wrong was checked before.
 
     Args:
         name: of the job, for its report.
+        shared: large things that the driver has read; a `Loop` finds them in its job as references (`ray.get`).
 
     Raises:
         Diverged: a loss or a gradient is no number.
@@ -100,7 +104,8 @@ def run_group(name: str, loop: Loop, configuration: RunSettings, phases: tuple[P
         return TrainingReport(name, "unchanged", output, steps[-1], record["tokens"], None, None, seconds)
     write_file(output, SETTINGS, configuration.model_dump_json(indent=1).encode() + b"\n")
     with session(work.address, num_cpus=max(local_cpus(), work.workers + 1)):
-        result = fit(loop, configuration, Display(sum(phase.num_steps for phase in phases)))
+        references = {key: ray.put(value) for key, value in shared.items()}
+        result = fit(loop, configuration, Display(sum(phase.num_steps for phase in phases)), references)
     if result["status"] == "diverged":
         raise Diverged(result["message"])
     return TrainingReport(
@@ -174,7 +179,9 @@ class RaySignals(Signals):
         return None
 
 
-def fit(loop: Loop, configuration: RunSettings, display: Display) -> dict[str, Any]:
+def fit(
+    loop: Loop, configuration: RunSettings, display: Display, references: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """Have Ray Train do it, showing lines meanwhile; what the first worker returned."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
@@ -191,7 +198,12 @@ def fit(loop: Loop, configuration: RunSettings, display: Display) -> dict[str, A
     with tempfile.TemporaryDirectory(prefix="nightloom-train-") as folder:
         trainer = TorchTrainer(
             loop,
-            train_loop_config={"configuration": configuration.model_dump(), "board": board, "use_gpu": use_gpu},
+            train_loop_config={
+                "configuration": configuration.model_dump(),
+                "board": board,
+                "use_gpu": use_gpu,
+                **references,
+            },
             scaling_config=ScalingConfig(
                 num_workers=work.workers if work.min_workers is None else (work.min_workers, work.workers),
                 use_gpu=use_gpu,

@@ -30,6 +30,7 @@ LINES, EVENTS, PLOT = "metrics.jsonl", "tensorboard", "loss.svg"
 SCALARS = (
     "loss",
     "accuracy",
+    "cosine",
     "gradient_norm",
     "learning_rate",
     "tokens_per_s",
@@ -138,7 +139,7 @@ def plot_losses(lines: Iterable[Mapping[str, Any]], file: Path) -> None:
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:red", marker="o", markersize=3, label="held out")
     axes.set_xlabel("tokens")
-    axes.set_ylabel("masked-token loss (nats)")
+    axes.set_ylabel("loss (nats)")
     axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
     rates = axes.twinx()
@@ -209,7 +210,10 @@ def in_words(line: Mapping[str, Any]) -> str:
     """What matters of a line, short."""
     if line.get("skipped"):
         return f"skipped: loss {line['loss']:.3f}, gradient norm {line['gradient_norm']:.2f}"
-    parts = [f"loss {line['loss']:.3f}", f"acc {line['accuracy']:.1%}", f"norm {line['gradient_norm']:.2f}"]
+    parts = [f"loss {line['loss']:.3f}"]
+    parts += [f"acc {line['accuracy']:.1%}"] if "accuracy" in line else []
+    parts += [f"cosine {line['cosine']:.3f}"] if "cosine" in line else []
+    parts += [f"norm {line['gradient_norm']:.2f}"]
     if line.get("heldout_loss") is not None:
         parts.append(f"held out {line['heldout_loss']:.3f}")
     parts += [f"lr {line['learning_rate']:.1e}", f"{line['tokens_per_s']:,.0f} tokens/s"]

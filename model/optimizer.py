@@ -15,13 +15,32 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, norms and biases do not. Parameters that are not trained are in neither group."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+def parameter_groups(module: nn.Module, weight_decay: float, *, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Matrices decay, norms and biases do not. Parameters that are not trained are in no group.
+
+    Args:
+        layer_decay: what a layer's rate is multiplied by for every layer above it. What follows the last layer has the
+            whole rate, and the embedding, as one layer below the first, the smallest.
+    """
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    top = 1 + max((layer_of(name) or 0 for name, _ in module.named_parameters()), default=0)
+    groups: dict[tuple[float, bool], list[Tensor]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in trained:
+        layer = layer_of(name)
+        scale = 1.0 if layer is None else layer_decay ** (top - layer)
+        groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "decays": True},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "decays": False},
+        {"params": some, "weight_decay": weight_decay if decays else 0.0, "decays": decays, "rate_scale": scale}
+        for (scale, decays), some in groups.items()
     ]
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a parameter belongs to, from 1; 0 for the embedding, None for what follows the last layer."""
+    parts = name.split(".")
+    if "embeddings" in parts:
+        return 0
+    return int(parts[parts.index("layers") + 1]) + 1 if "layers" in parts else None
 
 
 class StableAdamW(torch.optim.Optimizer):

@@ -327,6 +327,7 @@ def ahead(items: Generator[Item, None, None], count: int) -> Generator[Item, Non
                 for item in items:
                     if not offer(item):
                         return
+                offer(StopIteration())
             except BaseException as error:
                 offer(error)
 
@@ -335,6 +336,8 @@ def ahead(items: Generator[Item, None, None], count: int) -> Generator[Item, Non
     try:
         while True:
             item = drawn.get()
+            if isinstance(item, StopIteration):
+                return
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -8,8 +8,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from seaweed import Seaweed, find_weed
@@ -66,10 +67,35 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_f
     """A sentence-transformers folder: 4 layers of width 64, random weights, mean pooling, normalised, 512 tokens, two
     prompts.
     """
+    from model.encoder import Encoder
+
+    return save_folder_of(
+        Encoder,
+        tmp_path_factory.mktemp("models") / "tiny",
+        tokenizer_from=tiny_tokenizer_folder,
+        pooling="mean",
+        normalize=True,
+        prompts={"query": "query: ", "document": ""},
+        max_tokens=512,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_masked_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_folder: Path) -> Path:
+    """The same encoder under a masked-token head, as pretraining leaves it."""
+    from model.encoder import Encoder
+    from model.heads import MaskedLanguageModel
+
+    folder = tmp_path_factory.mktemp("models") / "masked"
+    return save_folder_of(lambda c: MaskedLanguageModel(Encoder(c)), folder, tokenizer_from=tiny_tokenizer_folder)
+
+
+def save_folder_of(make: Callable[[Any], Any], path: Path, **options: Any) -> Path:
+    """Write a model of the tiny shape with random weights."""
     import torch
 
     from model.config import EncoderConfig
-    from model.encoder import Encoder, init_weights
+    from model.encoder import init_weights
     from model.weights import save_folder
 
     config = EncoderConfig(
@@ -85,17 +111,9 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_f
         # Wide enough that different texts get clearly different vectors.
         initializer_range=0.15,
     )
-    encoder = Encoder(config)
-    init_weights(encoder, config, torch.Generator().manual_seed(0))
-    return save_folder(
-        encoder,
-        tmp_path_factory.mktemp("models") / "tiny",
-        tokenizer_from=tiny_tokenizer_folder,
-        pooling="mean",
-        normalize=True,
-        prompts={"query": "query: ", "document": ""},
-        max_tokens=512,
-    )
+    model = make(config)
+    init_weights(model, config, torch.Generator().manual_seed(0))
+    return save_folder(model, path, **options)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

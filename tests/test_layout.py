@@ -44,6 +44,7 @@ CPU_STAGES = (
     "preparation",
     "shards",
     "stream",
+    *("examples", "lessons"),
     *("dead", "gates", "probes", "quarantine", "reuse", "workers"),
 )
 """Files of `pipeline/` whose worker processes must not pay for torch: about 200 MB and a second each."""
@@ -52,6 +53,7 @@ MAX_LINES = 400
 MIN_LINES = 80
 SMALL = {
     "model/errors.py": "one exception that everything else imports",
+    "model/distillation.py": "one loss, and the ranking in it",
     "model/pooling.py": "one operation that three stages share",
     "model/rotary.py": "one table of angles",
     "pipeline/keys.py": "the keys that survey, table and dead letters share",

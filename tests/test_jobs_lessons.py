@@ -1,0 +1,84 @@
+"""What the loop asks of a fine-tuning: counts, lines, evaluation, and what a bin does by itself."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from test_jobs_finetune import configuration, write_rows
+
+from jobs.finetune import begin, make_tuning, read_sources
+from jobs.lessons import BLANK, LabelTuning, MaskedTuning, Tuning, share
+from jobs.phases import Phase
+from jobs.replicas import Replicas
+from jobs.state import State
+from model.folder import read_folder
+from pipeline.lessons import BEGINNING, Lesson
+
+
+def make(task: str, model: Path, folder: Path, *sets: str) -> tuple[Tuning, State, Phase]:
+    settings = configuration(model, folder / "run", {task: write_rows(folder, task, 60)}, *sets)
+    described = read_folder(model)
+    sources = read_sources(settings, described)
+    tuning, phase = make_tuning(settings, described, sources)
+    return tuning, begin(settings, described, sources, Replicas()), phase
+
+
+ALONE = Replicas()
+
+
+def first(tuning: Tuning, phase: Phase, replicas: Replicas = ALONE) -> Lesson:
+    steps = tuning.steps(phase, BEGINNING, replicas)
+    lesson = next(steps)
+    steps.close()
+    return lesson
+
+
+def test_counts_of_workers_add_up_to_the_batch(tiny_model_folder: Path, tmp_path: Path) -> None:
+    tuning, _, phase = make("contrastive", tiny_model_folder, tmp_path, "schedule.tokens_per_bin=64")
+    shares = [first(tuning, phase, Replicas(rank, 3)) for rank in range(3)]
+    assert sum(tuning.counts(lesson)[0] for lesson in shares) == 16
+    assert len({len(share(lesson)) for lesson in shares}) == 1, "with blank bins all have equally many"
+    blank = sum(item is BLANK for lesson in shares for item in share(lesson))
+    assert blank == 3 * shares[0].max_bins - shares[0].num_bins
+
+
+def test_a_line_is_of_the_source_of_its_step(tiny_model_folder: Path, tmp_path: Path) -> None:
+    tuning, _, _ = make("distillation", tiny_model_folder, tmp_path)
+    total, values = tuning.line([4.0], [2.0, 3.0])
+    assert total == values["loss"] == 0.5
+    assert (values["cosine"], values["source"]) == (0.75, "distillation")
+
+
+def test_one_bin_by_itself_tells_whether_it_is_a_number(tiny_model_folder: Path, tmp_path: Path) -> None:
+    tuning, state, phase = make("contrastive", tiny_model_folder, tmp_path)
+    lesson = first(tuning, phase)
+    assert math.isfinite(tuning.alone(state, Replicas(), lesson.bins[0]))
+    with torch.no_grad():
+        state.encoder.embeddings.tok_embeddings.weight[int(lesson.bins[0].tokens_T[1])] = torch.nan
+    state.optimizer.zero_grad()
+    assert math.isnan(tuning.alone(state, Replicas(), lesson.bins[0]))
+    state.optimizer.zero_grad()
+    assert math.isfinite(tuning.alone(state, Replicas(), None)), "a blank one is no cause"
+
+
+def test_masks_follow_from_example_and_epoch(tiny_masked_folder: Path, tmp_path: Path) -> None:
+    tuning, _, phase = make("masked", tiny_masked_folder, tmp_path)
+    assert isinstance(tuning, MaskedTuning)
+    lesson = first(tuning, phase)
+    item = lesson.bins[0]
+    seen, chosen = tuning.hide(lesson, item)
+    again = tuning.hide(lesson, item)
+    assert np.array_equal(seen, again[0])
+    assert 0.1 < len(chosen) / item.num_tokens < 0.5
+    ends = np.concatenate([item.cu_seqlens[:-1], item.cu_seqlens[1:] - 1])
+    assert not set(chosen.tolist()) & set(ends.tolist()), "special tokens are not guessed"
+    assert tuning.counts(lesson)[0] == sum(len(tuning.hide(lesson, b)[1]) for b in lesson.bins)
+
+
+def test_tags_count_words(tiny_masked_folder: Path, tmp_path: Path) -> None:
+    tuning, _, phase = make("tagging", tiny_masked_folder, tmp_path)
+    assert isinstance(tuning, LabelTuning)
+    lesson = first(tuning, phase)
+    tagged = int((tuning.sources[0].tags_X >= 0).sum())
+    assert 16 <= tuning.counts(lesson)[0] < tagged, "each of the sixteen texts has a tagged word"
