@@ -144,7 +144,7 @@ def main() -> None:
     figures = {}
     print("| system | accuracy | 95 % |\n|---|---|---|")
     for system, answers in found.items():
-        accuracy = interval(mean_of((np.array(answers) == truth).astype(np.float64)), len(truth))
+        accuracy = interval(mean_of(np.array(answers) == truth), len(truth))
         figures[system] = [round(value, 4) for value in (accuracy.value, accuracy.low, accuracy.high)]
         print(f"| {system} | {accuracy.value:.3f} | {accuracy.low:.3f} to {accuracy.high:.3f} |")
     record = {

@@ -20,7 +20,6 @@ from jobs.configuration import Settings
 from jobs.report import clock, line
 from jobs.search import columns_of, find_model
 from model.errors import InputError
-from model.protocols import QUERY_PROMPTS
 from pipeline.columns import hash_texts
 from pipeline.documents import read_documents
 from pipeline.examples import read_table, strings
@@ -157,9 +156,7 @@ def encode(table: EmbeddingTable, configuration: MineConfiguration, questions: S
     from model.embedder import Embedder
 
     embedder = Embedder(find_model(table, [configuration.model or table.model]), device=configuration.device)
-    prompt = next((embedder.prompts[name] for name in QUERY_PROMPTS if name in embedder.prompts), None)
-    recipe = table.recipe
-    return embedder.encode(questions, prompt=prompt, normalize_embeddings=recipe.normalize, truncate_dim=recipe.dim)
+    return embedder.encode_query(questions, normalize_embeddings=table.recipe.normalize, truncate_dim=table.recipe.dim)
 
 
 def positive_ids(table: EmbeddingTable, pairs: pa.Table) -> list[str]:
