@@ -40,16 +40,6 @@ def add_model_commands(commands: Commands) -> None:
     promote.add_argument("destination", metavar="DESTINATION", help="folder or s3:// prefix that embed --model names")
     promote.add_argument("--gates", metavar="FILE", required=True, help="TOML file with [[gate]] tables")
     promote.set_defaults(run=run_promote)
-    finetune = add_command(commands, "finetune", "train a model further on pairs, vectors, labels, tags or text")
-    add_settings(finetune, "jobs.tuning:FinetuneConfiguration", file="config")
-    finetune.set_defaults(run=run_finetune)
-    mine = add_command(commands, "mine", "find hard negatives for pairs in an embedding table, for finetune")
-    mine.add_argument("table", metavar="TABLE", help="folder or s3:// prefix of the table")
-    mine.add_argument("queries", metavar="QUERIES", help="file with query, and positive_id or positive")
-    mine.add_argument("output", metavar="OUT", help="Parquet file to write")
-    mine.add_argument("--model", metavar="FOLDER", help="where the table's model lies now")
-    add_settings(mine, "jobs.mine:MineConfiguration")
-    mine.set_defaults(run=run_mine)
     generate = add_command(commands, "generate", "go on from a prompt with a decoder; the text appears as it comes")
     generate.add_argument("model", metavar="MODEL", help="model folder (s3:// too) or hub id of a decoder")
     generate.add_argument("prompt", metavar="PROMPT", help="the beginning of a text, in quotes")
@@ -121,22 +111,6 @@ def run_promote(options: argparse.Namespace) -> Report:
     from jobs.promote import run_promote
 
     return run_promote(options.model, options.destination, options.gates)
-
-
-def run_finetune(options: argparse.Namespace) -> Report:
-    from jobs.configuration import load
-    from jobs.finetune import run_finetune
-    from jobs.tuning import FinetuneConfiguration
-
-    return run_finetune(load(FinetuneConfiguration, file=options.config, sets=options.set, given={}))
-
-
-def run_mine(options: argparse.Namespace) -> Report:
-    from jobs.configuration import load
-    from jobs.mine import MineConfiguration, run_mine
-
-    named = {name: getattr(options, name) for name in ("table", "queries", "output", "model")}
-    return run_mine(load(MineConfiguration, file=options.config, sets=options.set, given=named))
 
 
 def run_generate(options: argparse.Namespace) -> Report:
