@@ -3,6 +3,10 @@
 `tests/test_faults*.py` strike runs at seeded moments and compare what the next run leaves with an undisturbed one; each
 leaves a line. This file runs them in a pytest of its own and keeps the counts: by fault, by the phase in which it
 struck, how many runs it took, how many tables differed.
+
+    python -m benchmarks.faults                                      # whole
+    python -m benchmarks.faults --log runs.jsonl -- -k "driver"      # a part, in a machine's spare minutes ...
+    python -m benchmarks.faults --log runs.jsonl -- -k "not driver"  # ... and the rest: counts both
 """
 
 import argparse
@@ -27,11 +31,11 @@ LEAST = 60
 """Runs that must have been struck for the record to count."""
 
 
-def run_suite(log: Path) -> tuple[int, str]:
+def run_suite(log: Path, chosen: list[str]) -> tuple[int, str]:
     """pytest's status and last line; it says more on stderr as it goes."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "--show-capture=no", "--tb=short"]
     run = subprocess.run(
-        [*command, *SUITE, *MORE],
+        [*command, *SUITE, *MORE, *chosen],
         cwd=ROOT,
         env=os.environ | {LOG_VARIABLE: str(log)},
         stdout=subprocess.PIPE,
@@ -70,18 +74,26 @@ def count(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HOME / "results")
+    parser.add_argument("--log", type=Path, help="a file that keeps the lines of the parts of a suite")
+    parser.add_argument("chosen", nargs="*", help="arguments of pytest")
     arguments = parser.parse_args()
     record: dict[str, Any] = {"benchmark": "faults", "environment": environment()}
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nightloom-faults-") as temporary:
-        log = Path(temporary) / "runs.jsonl"
-        status, closing = run_suite(log)
-        runs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    record |= {"pytest": closing, "passed": status == 0, "seconds": round(time.monotonic() - begun), **count(runs)}
-    record["runs"] = runs
+        log = (arguments.log or Path(temporary) / "runs.jsonl").absolute()
+        status, closing = run_suite(log, arguments.chosen)
+        part = {"part": " ".join(arguments.chosen), "pytest": closing, "passed": status == 0}
+        part |= {"seconds": round(time.monotonic() - begun), "commit": record["environment"]["commit"]}
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(part) + "\n")
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    parts = [line for line in lines if "part" in line]
+    runs = [line for line in lines if "part" not in line]
+    status = int(not all(part["passed"] for part in parts))
+    record |= {"parts": parts, "seconds": sum(part["seconds"] for part in parts), **count(runs), "runs": runs}
     # A failure is a record too, but not one that is taken for the state of things.
     enough = record["struck"] >= LEAST
-    record["tag"] = "" if status == 0 and enough else "failed"
+    record["tag"] = "failed" if status else "" if enough else "part"
     say(f"kept in {keep(record, arguments.out)}")
     print(json.dumps({key: value for key, value in record.items() if key not in ("runs", "environment")}))
     if not enough:

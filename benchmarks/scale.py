@@ -35,6 +35,8 @@ from pipeline.workers import Job
 
 DIM = 64
 DOCUMENTS_PER_FILE = 50_000
+WORDS = (20, 60)
+"""Fewest and most in a document."""
 CHANGED_OF = 10_000
 """Documents of the corpus in which one is changed."""
 FLAT = 1.2
@@ -64,15 +66,15 @@ class Stub(EmbedStage):
         return Embedded(rows, dead, statistics)
 
 
-def write_documents(folder: Path, count: int, changed: int = 0) -> None:
-    """Documents of 20 to 60 random words, 50,000 a file; the first `changed` of them have another text."""
+def write_documents(folder: Path, count: int, *, words: tuple[int, int] = WORDS, changed: int = 0) -> None:
+    """Documents of random words, 50,000 a file; the first `changed` of them have another text."""
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, count, DOCUMENTS_PER_FILE):
         numbers = range(start, min(start + DOCUMENTS_PER_FILE, count))
         draw = np.random.default_rng(start)
-        ends = np.cumsum(draw.integers(20, 61, len(numbers)))
-        words = np.char.add("w", draw.integers(3, 2_000, ends[-1]).astype(str)).tolist()
-        texts = [" ".join(words[low:high]) for low, high in zip([0, *ends[:-1]], ends, strict=True)]
+        ends = np.cumsum(draw.integers(words[0], words[1] + 1, len(numbers)))
+        drawn = np.char.add("w", draw.integers(3, 2_000, ends[-1]).astype(str)).tolist()
+        texts = [" ".join(drawn[low:high]) for low, high in zip([0, *ends[:-1]], ends, strict=True)]
         for number in range(start, min(start + len(texts), changed)):
             texts[number - start] += " w5"
         table = pa.table({"id": [f"document-{n:09}" for n in numbers], "text": texts})
@@ -167,12 +169,12 @@ def s3(folder: Path) -> Iterator[str]:
         server.stop()
 
 
-def measure_sizes(sizes: list[int], where: str, folder: Path, model: Path) -> dict[str, Any]:
+def measure_sizes(sizes: list[int], words: tuple[int, int], where: str, folder: Path, model: Path) -> dict[str, Any]:
     """First and second run at each size; the sources lie on the local disk."""
     found: dict[str, Any] = {}
     for size in sizes:
         source, table = folder / f"source-{size}", f"{where}/scale-{size}.lance"
-        write_documents(source, size)
+        write_documents(source, size, words=words)
         first = run(source, table, model)
         second = run(source, table, model)
         assert (first["embedded"], second["embedded"], second["unchanged"]) == (size, 0, size), (first, second)
@@ -248,6 +250,7 @@ def measure_overhead(folder: Path, scale: float, rounds: int, tiny: bool) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=int, default=[100_000, 1_000_000])
+    parser.add_argument("--words", nargs=2, type=int, default=WORDS, help="fewest and most of a document")
     parser.add_argument("--places", nargs="*", default=["disk", "s3"], choices=["disk", "s3"])
     parser.add_argument("--no-change", action="store_true", help="leave out the changed document of 10,000")
     parser.add_argument(
@@ -264,13 +267,19 @@ def main() -> None:
         source, table, model, *sets = arguments.child
         print(json.dumps(run_child(source, table, model, arguments.stub, sets)))
         return
-    record: dict[str, Any] = {"benchmark": "scale", "tag": arguments.tag, "environment": environment()}
+    low, high = words = tuple(arguments.words)
+    record: dict[str, Any] = {
+        "benchmark": "scale",
+        "tag": arguments.tag,
+        "words": [low, high],
+        "environment": environment(),
+    }
     with tempfile.TemporaryDirectory(prefix="nightloom-scale-") as temporary:
         folder = Path(temporary)
         model = folder / "model"
         save_model(preset("base", **TINY, pad_id=0, cls_id=1, sep_id=2), model)
         if "disk" in arguments.places:
-            record["disk"] = measure_sizes(arguments.sizes, temporary, folder, model)
+            record["disk"] = measure_sizes(arguments.sizes, words, temporary, folder, model)
             for table in folder.glob("*.lance"):
                 shutil.rmtree(table)
         if not arguments.no_change:
@@ -278,7 +287,7 @@ def main() -> None:
         if "s3" in arguments.places:
             (folder / "s3").mkdir()
             with s3(folder / "s3") as bucket:
-                record["s3"] = measure_sizes(arguments.sizes, bucket, folder, model)
+                record["s3"] = measure_sizes(arguments.sizes, words, bucket, folder, model)
         if arguments.overhead_scale:
             record["overhead_long"] = measure_overhead(
                 folder, arguments.overhead_scale, arguments.rounds, arguments.tiny

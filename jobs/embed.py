@@ -24,6 +24,7 @@ from jobs.plan import (
     make_recipe,
     open_table,
     pinned,
+    read_columns,
     read_model,
     survey_corpus,
 )
@@ -79,10 +80,11 @@ def run_embed(
         table = own_table(configuration, model, table, lease)
         # In this order, and in one thread: Ray starts its workers while the survey runs here, and a process that forks
         # (Ray does, to start itself) while another of its threads imports torch can hang.
-        if table is None or not is_small(files):
+        small = is_small(files, read_columns(configuration.columns))
+        if table is None or not small:
             ray_session.start()
         letters = DeadLetters(table).keys() if table and not configuration.retry_dead else None
-        corpus = survey_corpus(configuration, files, table, in_process=is_small(files), keep=True, letters=letters)
+        corpus = survey_corpus(configuration, files, table, in_process=small, keep=True, letters=letters)
         if corpus.plan.work or table is None:
             ray_session.start()
         if table is None:

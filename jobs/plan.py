@@ -29,7 +29,7 @@ from model.folder import (
 from pipeline.chunks import ChunkingConfig
 from pipeline.columns import DocumentColumns
 from pipeline.dead import DeadLetters
-from pipeline.documents import check_source, document_schema
+from pipeline.documents import check_source, document_schema, estimate_documents
 from pipeline.keys import Keys
 from pipeline.ledger import past_throughput
 from pipeline.recipe import Recipe
@@ -41,6 +41,10 @@ from pipeline.work import read_work
 
 SMALL_CORPUS_BYTES = 64_000_000
 """Up to here the survey takes about as long as starting Ray would."""
+SMALL_CORPUS_DOCUMENTS = 200_000
+"""And up to here it takes 60 MB at most of this process's memory, at some 300 bytes a document."""
+FILES_LOOKED_INTO = 8
+"""To estimate how many documents there are."""
 EXACT_CHARS = 4_000_000
 """Bytes of text up to which `plan` counts every token; beyond, it counts a sample of about this much."""
 SAMPLES = 16
@@ -227,8 +231,18 @@ def list_corpus(configuration: EmbedConfiguration) -> list[SourceFile]:
     return files
 
 
-def is_small(files: Sequence[SourceFile]) -> bool:
-    return sum(file.size for file in files) <= SMALL_CORPUS_BYTES
+def is_small(files: Sequence[SourceFile], columns: DocumentColumns) -> bool:
+    """Whether the survey is to run in this process. How many documents there are goes by some of the files.
+
+    Raises:
+        InputError: one of those cannot be read, or lacks a column.
+    """
+    size = sum(file.size for file in files)
+    if size > SMALL_CORPUS_BYTES:
+        return False
+    some = files[:: -(-len(files) // FILES_LOOKED_INTO)]
+    found = sum(estimate_documents(file, columns) for file in some)
+    return found * size <= SMALL_CORPUS_DOCUMENTS * sum(file.size for file in some)
 
 
 def carried_fields(
@@ -319,7 +333,7 @@ def run_plan(configuration: EmbedConfiguration, *, price_per_hour: float | None 
     configuration = pinned(configuration)
     model = read_model(configuration)
     table = open_table(configuration, model)
-    small = is_small(files)
+    small = is_small(files, read_columns(configuration.columns))
     with nullcontext() if small else session(configuration.compute.address, num_cpus=local_cpus()):
         letters = DeadLetters(table).keys() if table and not configuration.retry_dead else None
         corpus = survey_corpus(configuration, files, table, in_process=small, letters=letters)

@@ -31,6 +31,10 @@ from pipeline.storage import SourceFile, filesystem, first_words, is_s3
 
 BYTES_PER_TABLE = 16 << 20
 """A table is closed when its text reaches this, so that memory does not depend on the length of documents."""
+BYTES_OF_LINES = 1 << 16
+"""A file's lines are as long as those that begin it."""
+COMPRESSION = 4
+"""Bytes of text in a byte of a compressed file, about."""
 
 
 def read_documents(
@@ -87,6 +91,26 @@ def document_schema(file: SourceFile, columns: DocumentColumns) -> pa.Schema:
     if columns.carry_types is not None:
         types = dict(zip(columns.carry, columns.carry_types, strict=True))
     return pa.schema([*COLUMNS, *(pa.field(name, types[name]) for name in columns.carry)])
+
+
+def estimate_documents(file: SourceFile, columns: DocumentColumns) -> int:
+    """About how many documents a file holds, from a footer or from its first lines.
+
+    Raises:
+        InputError: as `read_documents`.
+    """
+    if file.format == "parquet":
+        return int(_open_parquet(file, columns)[0].metadata.num_rows)
+    if file.format == "text":
+        return 1
+    seen = size = 0
+    for _, line in _lines(file):
+        seen, size = seen + 1, size + len(line)
+        if size >= BYTES_OF_LINES:
+            # A compressed file holds several times its size.
+            packed = 1 if file.path.lower().endswith(("json", "jsonl")) else COMPRESSION
+            return max(seen, file.size * packed * seen // size)
+    return seen
 
 
 # Parquet

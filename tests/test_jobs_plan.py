@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_jobs_embed import configured, text_of, write_corpus
 
 import jobs.plan
 from jobs.embed import run_embed
-from jobs.plan import list_corpus, make_recipe, read_model, run_plan, survey_corpus
+from jobs.plan import is_small, list_corpus, make_recipe, read_model, run_plan, survey_corpus
 from model.errors import InputError
+from pipeline.columns import DocumentColumns
 from pipeline.ledger import keep_record
 from pipeline.storage import list_sources, s3fs_filesystem
 
@@ -50,6 +52,19 @@ def test_survey_in_tasks_is_the_survey_in_process(tmp_path, tiny_model_folder):
     assert here.counts == there.counts
     assert [item.load() for item in here.work] == [item.load() for item in there.work]
     assert not any(isinstance(item.rows, pa.Table) for item in there.work)
+
+
+def test_many_small_documents_are_surveyed_on_workers(tmp_path, monkeypatch):
+    for part in range(3):
+        rows = {"id": [f"{part}-{n}" for n in range(400)], "text": ["w"] * 400}
+        pq.write_table(pa.table(rows), tmp_path / f"{part}.parquet")
+    files = list_sources(str(tmp_path))
+    assert is_small(files, DocumentColumns())
+    monkeypatch.setattr(jobs.plan, "SMALL_CORPUS_DOCUMENTS", 1000)
+    assert not is_small(files, DocumentColumns())
+    assert is_small(files[:2], DocumentColumns())
+    monkeypatch.setattr(jobs.plan, "SMALL_CORPUS_BYTES", 1000)
+    assert not is_small(files[:1], DocumentColumns())
 
 
 def test_large_corpora_are_sampled(tmp_path, tiny_model_folder, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from model.errors import InputError
 from pipeline import documents
 from pipeline.columns import DocumentColumns, is_empty
-from pipeline.documents import check_source, document_schema, read_documents
+from pipeline.documents import check_source, document_schema, estimate_documents, read_documents
 from pipeline.storage import SourceFile, list_sources
 
 ONE = DocumentColumns()
@@ -240,3 +240,18 @@ def test_carried_columns_take_the_types_of_the_table(tmp_path: Path) -> None:
     for name, says in (("words", "no number"), ("floats", "1.5"), ("lists", "list<")):
         with pytest.raises(InputError, match=rf"{name}\.parquet: column 'n' is .*{says}"):
             carried(f"{name}.parquet", pa.int64())
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.json", "x.jsonl.gz", "x.txt"])
+def test_documents_are_estimated_without_reading_all_of_a_file(tmp_path: Path, name: str) -> None:
+    count = 1 if name == "x.txt" else 20_000
+    rows = [{"id": str(n), "text": f"about {n} words and {n * n % 977} more"} for n in range(count)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = tmp_path / name
+    if name == "x.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    (file,) = list_sources(str(path))
+    found = estimate_documents(file, ONE)
+    assert found == count if name in ("x.parquet", "x.txt") else 0.5 * count < found < 2 * count

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from seaweed import Proxy, Seaweed, Trouble, find_weed
+from strikes import wait_until
 
 from model.errors import InputError
 from pipeline import lease
@@ -40,7 +41,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 while True:
     try:
-        held = Lease.take(uri, name, beat_s=0.05, limit_s=5)
+        held = Lease.take(uri, name, beat_s=0.05, limit_s=60)
         break
     except InputError:
         pass
@@ -109,7 +110,7 @@ def test_one_holds_and_another_process_is_refused(uri):
     began = time.monotonic()
     with pytest.raises(InputError, match=rf"another run is writing to .*: run theirs since .*process {other.pid} on"):
         Lease.take(uri, "ours")
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < lease.LIMIT_S / 2
     assert ask(other) == "still\n"
     end(other)
     assert holder(uri) is None
@@ -124,7 +125,7 @@ def test_lease_of_a_dead_process_of_this_machine_is_free_at_once(uri):
     other.kill()
     began = time.monotonic()
     with Lease.take(uri, "ours") as held:
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < lease.LIMIT_S / 2
         assert (held.epoch, held.crashed.run) == (2, "theirs")
     end(other)
 
@@ -240,9 +241,9 @@ def test_a_store_that_stands_still_does_not_end_a_lease(server, s3_uri, caplog):
         time.sleep(4)
         held.check()
         server.signal(signal.SIGCONT)
-        time.sleep(1)
+        begun = lease.now()
+        assert wait_until(lambda: held.confirmed > begun, 60)
         held.check()
-        assert lease.now() - held.confirmed < 2
     assert holder(s3_uri) is None
     assert not caplog.records
 
@@ -257,9 +258,9 @@ def test_a_lease_whose_making_is_not_answered_is_held(server, s3_uri, monkeypatc
         proxy.trouble = Trouble(503, 0.5)
         time.sleep(1)
         proxy.trouble = None
-        time.sleep(1.5)
+        begun = lease.now()
+        assert wait_until(lambda: held.confirmed > begun, 60)
         held.check()
-        assert lease.now() - held.confirmed < 5
     assert holder(s3_uri) is None
     proxy.close()
 
@@ -271,6 +272,6 @@ def test_a_store_that_stands_still_for_20_s_does_not_end_a_lease(server, s3_uri)
         time.sleep(20)
         held.check()
         server.signal(signal.SIGCONT)
-        time.sleep(15)
+        begun = lease.now()
+        assert wait_until(lambda: held.confirmed > begun, 60)
         held.check()
-        assert lease.now() - held.confirmed < 5

@@ -14,7 +14,7 @@ from pipeline.table import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_S = 10
-"""Within this the second is told, over what it takes to be told anything at all."""
+"""Within this the second is told, over what it takes two that are started together to be told anything at all."""
 
 
 def command(source: Path, table: str, model: Path) -> list[str]:
@@ -22,11 +22,18 @@ def command(source: Path, table: str, model: Path) -> list[str]:
     return [*words, *(word for item in SETS for word in ("--set", item))]
 
 
+def start(source: Path, table: str, model: Path) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(source, table, model), cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+
 def startup_s(table: str, model: Path) -> float:
-    """Seconds until a run is told that its source does not exist."""
+    """Seconds until two runs are told that their source does not exist."""
     begun = time.monotonic()
-    done = subprocess.run(command(Path("/nowhere"), table, model), cwd=ROOT, capture_output=True, timeout=120)
-    assert done.returncode == 2
+    both = [start(Path("/nowhere"), table, model) for _ in range(2)]
+    for run in both:
+        run.communicate(timeout=300)
+        assert run.returncode == 2
     return time.monotonic() - begun
 
 
@@ -44,16 +51,7 @@ def test_of_two_runs_one_publishes_and_one_is_refused(tmp_path, tiny_model_folde
     write_corpus(corpus_of(0), tmp_path / "corpus")
     usual_s = startup_s(table, tiny_model_folder)
     begun = time.monotonic()
-    both = [
-        subprocess.Popen(
-            command(tmp_path / "corpus", table, tiny_model_folder),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    both = [start(tmp_path / "corpus", table, tiny_model_folder) for _ in range(2)]
     while all(run.poll() is None for run in both):
         assert time.monotonic() - begun < 300
         time.sleep(0.05)
@@ -64,7 +62,7 @@ def test_of_two_runs_one_publishes_and_one_is_refused(tmp_path, tiny_model_folde
     assert said[loser][0] == ""
     assert "another run is writing" in said[loser][1]
     assert said[loser][1].count("\n") == 1
-    assert told_s < MOST_S + usual_s
+    assert told_s < MOST_S + 2 * usual_s  # the other starts Ray meanwhile
     report = json.loads(said[1 - loser][0])
     wanted = hashes_of(corpus_of(0))
     assert (report["status"], report["embedded"]) == ("published", len(wanted))
