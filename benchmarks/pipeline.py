@@ -228,14 +228,14 @@ def measure(workload: Workload, where: str, model: Path, arguments: argparse.Nam
     }
 
 
-def ratios(peers: dict[str, Any]) -> dict[str, float]:
-    """Ours over the best of the others, with start-up and without."""
-    result = {}
+def ratios(peers: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Ours over each of the others, with start-up and without."""
+    result: dict[str, dict[str, float]] = {}
     for key in ("tokens_per_s", "tokens_per_s_after_startup"):
-        others = [speed for name, peer in peers.items() if name != NIGHTLOOM and (speed := peer.get(key))]
         ours = peers.get(NIGHTLOOM, {}).get(key)
-        if others and ours:
-            result[key] = round(ours / max(others), 2)
+        others = {name: speed for name, peer in peers.items() if name != NIGHTLOOM and (speed := peer.get(key))}
+        if ours:
+            result[key] = {name: round(ours / speed, 2) for name, speed in others.items()}
     return result
 
 

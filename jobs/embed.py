@@ -35,7 +35,7 @@ from pipeline import storage
 from pipeline.apply import Applied, apply
 from pipeline.dead import DeadLetters
 from pipeline.lease import Lease
-from pipeline.ledger import RUNS_OF_THROUGHPUT, new_run, read_records, recorded, tokens_per
+from pipeline.ledger import RECORDS_OF_PACE, new_run, past_pace, read_records, recorded, tokens_per
 from pipeline.measures import Silent, shown_lengths
 from pipeline.probes import make_probes
 from pipeline.reuse import Former
@@ -115,6 +115,7 @@ def run_embed(
             chars=applied.chars,
             lengths=shown_lengths(applied.lengths),
             timeline=applied.timeline.shown(),
+            actors=applied.actors,
             commits=applied.commits,
             dead=[*corpus.plan.dead, *(letter.shown() for letter in applied.dead.values())][:MOST_DEAD_KEPT],
         )
@@ -131,11 +132,11 @@ def foresee(corpus: Corpus) -> dict[str, Any]:
     counts = {name: plan.counts[name] for name in ("new", "changed")}
     planned: dict[str, Any] = {"documents": plan.num_documents, "chars": plan.chars, "deleted": len(plan.deleted)}
     planned |= {**counts, "tokens": None, "seconds": None}
-    records = read_records(corpus.table.uri, last=RUNS_OF_THROUGHPUT) if corpus.table and plan.work else []
+    records = read_records(corpus.table.uri, last=RECORDS_OF_PACE) if corpus.table and plan.work else []
     if density := tokens_per(records, "chars"):
         planned["tokens"] = round(density * plan.chars)
-        if speed := tokens_per(records, "embedding_s"):
-            planned["seconds"] = round(density * plan.chars / speed, 1)
+        if pace := past_pace(records):
+            planned["seconds"] = round(pace[0] + density * plan.chars / pace[1], 1)
     return planned
 
 

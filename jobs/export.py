@@ -22,7 +22,6 @@ from pipeline.table import PUBLISHED, EmbeddingTable
 
 FORMATS = ("parquet", "arrow")
 ROWS_PER_BATCH = 8192
-ROWS_PER_GROUP = 65_536
 
 
 @dataclass(frozen=True, slots=True)

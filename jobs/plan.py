@@ -31,7 +31,7 @@ from pipeline.columns import DocumentColumns
 from pipeline.dead import DeadLetters
 from pipeline.documents import check_source, document_schema, estimate_documents
 from pipeline.keys import Keys
-from pipeline.ledger import past_throughput
+from pipeline.ledger import RECORDS_OF_PACE, past_pace, read_records
 from pipeline.recipe import Recipe
 from pipeline.storage import SourceFile, is_s3, list_sources, local_model, promoted_model
 from pipeline.survey import Options, Plan, RayTasks, Tasks, make_plan
@@ -339,9 +339,12 @@ def run_plan(configuration: EmbedConfiguration, *, price_per_hour: float | None 
         corpus = survey_corpus(configuration, files, table, in_process=small, letters=letters)
         tokens, exact = count_tokens(corpus, model) if corpus.plan.work else (0, True)
     counts: dict[str, Any] = dict(corpus.plan.counts)
-    throughput = past_throughput(configuration.table)
-    # The encoder sees [CLS] and [SEP] too.
-    seconds = (tokens + 2 * corpus.plan.num_documents) / throughput if throughput else None
+    records = read_records(configuration.table, last=RECORDS_OF_PACE)
+    pace, seconds = past_pace(records), None
+    if pace:
+        # The encoder sees [CLS] and [SEP] too.
+        seen = tokens + 2 * corpus.plan.num_documents
+        seconds = pace[0] + seen / pace[1] if seen else 0.0
     cost = None if seconds is None or price_per_hour is None else round(seconds * price_per_hour / 3600, 4)
     return PlanReport(
         job="plan",

@@ -70,6 +70,8 @@ class Applied:
     lengths: list[int] = field(default_factory=list)
     """Documents by their tokens, in the buckets of `pipeline.measures`."""
     timeline: Timeline = field(default_factory=Timeline)
+    actors: int = 1
+    """How many there were."""
 
 
 class Refused(Exception):
@@ -104,6 +106,7 @@ def apply(
     """
     journal = Journal(table, keys, plan, job.run, letters, probes, off, job.meter(table.uri))
     journal.meter.set(actors=job.workers.actors)
+    journal.applied.actors = job.workers.actors
     waiting_since: float | None = None
     tokens = 0
     try:

@@ -28,8 +28,12 @@ RUNNING, FAILED, INTERRUPTED, CRASHED = "running", "failed", "interrupted", "cra
 BUSY, REFUSED = "busy", "refused"
 """What a run's record says beside the statuses of reports."""
 ROLLED_BACK = "rolled back"
-RUNS_OF_THROUGHPUT = 10
-"""Runs that `past_throughput` goes by: machines and corpora change."""
+RUNS_OF_PACE = 10
+"""Runs that `past_pace` goes by: machines and corpora change."""
+RECORDS_OF_PACE = 100
+"""Among so many records: most nights may have had nothing to embed."""
+MOST_START_S = 120.0
+SHORTEST_S = 0.001
 
 
 def new_run() -> str:
@@ -140,15 +144,23 @@ def rolled_back(table: str, newest: int, published: int) -> bool:
     return False
 
 
-def past_throughput(table: str) -> float | None:
-    """Tokens that past runs embedded per second of the time that they spent embedding, start of the workers included.
-
-    None where no run has embedded anything yet.
-    """
-    return tokens_per(read_records(table, last=RUNS_OF_THROUGHPUT), "embedding_s")
-
-
 def tokens_per(records: Sequence[dict[str, Any]], name: str) -> float | None:
     """Tokens that runs embedded per unit of what their records call `name`; None where none has any of it."""
     known = [record for record in records if record.get(name)]
     return sum(record["tokens"] for record in known) / sum(record[name] for record in known) if known else None
+
+
+def past_pace(records: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """Seconds that workers take to start, and tokens a second from then on, as past runs embedded.
+
+    Of a night with ten new documents nearly all is start, and it says little about a night with a million: so the
+    encoder's own time tells how long the rest was, and the shortest rest is taken for the start.
+    None where no run has embedded anything yet.
+    """
+    runs = [record for record in records if record.get("embedding_s") and record.get("tokens")][-RUNS_OF_PACE:]
+    if not runs:
+        return None
+    rests = [run["embedding_s"] - run.get("encoder_s", run["embedding_s"]) / run.get("actors", 1) for run in runs]
+    start = min(max(min(rests), 0.0), MOST_START_S)
+    seconds = sum(max(run["embedding_s"] - start, SHORTEST_S) for run in runs)
+    return start, sum(run["tokens"] for run in runs) / seconds

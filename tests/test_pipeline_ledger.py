@@ -11,7 +11,7 @@ import pytest
 from model.errors import InputError
 from pipeline import ledger
 from pipeline.lease import Lease
-from pipeline.ledger import keep_record, new_run, note, past_throughput, read_records, recorded, rolled_back
+from pipeline.ledger import keep_record, new_run, note, past_pace, read_records, recorded, rolled_back
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,18 +100,30 @@ def test_a_run_that_ends_while_its_record_is_read_has_not_crashed(tmp_path, monk
     assert statuses(uri) == ["published"]
 
 
-def test_past_throughput_goes_by_runs_that_embedded(tmp_path):
+def test_past_pace_goes_by_runs_that_embedded(tmp_path):
     uri = str(tmp_path / "table.lance")
-    assert past_throughput(uri) is None
+    assert past_pace(read_records(uri)) is None
     keep_record(uri, new_run(), {"status": "published", "tokens": 9, "embedding_s": 1.0})
-    for _ in range(ledger.RUNS_OF_THROUGHPUT - 3):
+    for _ in range(2 * ledger.RUNS_OF_PACE):
         keep_record(uri, new_run(), {"status": "unchanged", "tokens": 0, "embedding_s": 0.0})
-    assert past_throughput(uri) == 9
+    assert past_pace(read_records(uri)) == (0.0, 9.0)
     keep_record(uri, new_run(), {"status": "published", "tokens": 1000, "embedding_s": 8.0})
     keep_record(uri, new_run(), {"status": "running"})
-    assert past_throughput(uri) == 1009 / 9
-    keep_record(uri, new_run(), {"status": "failed"})
-    assert past_throughput(uri) == 1000 / 8
+    assert past_pace(read_records(uri)) == (0.0, 1009 / 9)
+    for _ in range(ledger.RUNS_OF_PACE):
+        keep_record(uri, new_run(), {"status": "published", "tokens": 10, "embedding_s": 1.0})
+    assert past_pace(read_records(uri)) == (0.0, 10.0)
+
+
+def test_small_nights_do_not_make_a_large_one_look_slow(tmp_path):
+    """Ten seconds to start, 100 tokens a second on each of two actors: whatever the nights before embedded."""
+    uri = str(tmp_path / "table.lance")
+    for tokens in (200, 600, 200):
+        facts = {"tokens": tokens, "embedding_s": 10 + tokens / 200, "encoder_s": tokens / 100, "actors": 2}
+        keep_record(uri, new_run(), {"status": "published", **facts})
+    start, speed = past_pace(read_records(uri))
+    assert start == pytest.approx(10)
+    assert speed == pytest.approx(200)
 
 
 def test_rolled_back_until_a_run_publishes_or_changes_the_table(tmp_path):
