@@ -169,6 +169,8 @@ def choose_batch_size(workload: Workload, model: Path, dtype: str) -> tuple[int,
     encoder.encode(sample[:2])
     tried = {}
     for size in BATCH_SIZES[workload.name]:
+        if size > len(sample):  # it would say nothing about the padding of whole batches
+            break
         begun = time.perf_counter()
         encoder.encode(sample, batch_size=size)
         tried[size] = round(time.perf_counter() - begun, 3)
