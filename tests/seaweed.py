@@ -149,7 +149,7 @@ class Proxy:
 
         self.thread = threading.Thread(target=run, name="s3-proxy", daemon=True)
         self.thread.start()
-        started.wait(10)
+        assert started.wait(60)
 
     @property
     def endpoint(self) -> str:

@@ -159,7 +159,7 @@ def test_s3_answers_500_and_503(yard, seed):
 def test_the_hunter_finds_only_its_own_processes(yard):
     """Other sessions on this machine run processes of the same name."""
     assert len(own_raylets()) == 1
-    assert wait_until(lambda: encoders() == [], 20)
+    assert wait_until(lambda: encoders() == [], 120)
 
     @ray.remote
     class EmbedAndWriteOfOurs:
@@ -171,4 +171,4 @@ def test_the_hunter_finds_only_its_own_processes(yard):
     ray.get(actor.ready.remote())
     assert len(encoders()) == 1
     ray.kill(actor)
-    assert wait_until(lambda: encoders() == [], 20)
+    assert wait_until(lambda: encoders() == [], 120)

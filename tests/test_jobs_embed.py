@@ -243,7 +243,7 @@ def test_killed_run_is_taken_up(tmp_path, tiny_model_folder):
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while holder(str(table)) is None and killed.poll() is None:
         time.sleep(0.05)
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (second.returncode, second.stdout) == (2, "")
     assert f"another run is writing to {table}: run " in second.stderr
     assert second.stderr.count("\n") == 1

@@ -142,7 +142,7 @@ def test_as_commands(tmp_path):
 
     def nightloom(*arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300)
 
     assert json.loads(nightloom("rollback", table.uri, "--json").stdout)["published"] == 2
     assert json.loads(nightloom("rollback", table.uri, 3, "--json").stdout)["published"] == 3

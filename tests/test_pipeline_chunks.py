@@ -5,13 +5,12 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model.errors import InputError
 from pipeline.chunks import ChunkingConfig, boundary_ranks, chunk_spans, chunk_starts, plan_windows
 
-CALM = settings(deadline=None)
 SENTENCE = "The clock struck three and nothing was lost. "
 
 
@@ -21,7 +20,6 @@ def cuts(draw: st.DrawFn) -> tuple[list[int], int, int]:
     return draw(st.lists(st.integers(0, 400), max_size=8)), content, draw(st.integers(0, content // 2))
 
 
-@CALM
 @given(cuts())
 def test_windows_keep_every_token_once(case: tuple[list[int], int, int]) -> None:
     lengths, content, overlap = case
@@ -42,7 +40,6 @@ def test_windows_keep_every_token_once(case: tuple[list[int], int, int]) -> None
             assert len(set((w.end[mine] - w.start[mine]).tolist())) == 1
 
 
-@CALM
 @given(cuts())
 def test_a_token_is_kept_where_its_context_is_largest(case: tuple[list[int], int, int]) -> None:
     lengths, content, overlap = case
@@ -72,7 +69,6 @@ def test_worked_example() -> None:
     ]
 
 
-@CALM
 @given(st.lists(st.integers(0, 4), max_size=300), st.integers(1, 50))
 def test_chunks_tile_and_keep_their_length(ranks: list[int], chunk_tokens: int) -> None:
     ranks_N = np.array(ranks, np.uint8)
@@ -91,7 +87,6 @@ def test_chunks_tile_and_keep_their_length(ranks: list[int], chunk_tokens: int) 
         assert ranks_N[end] == best or end == start + 1
 
 
-@CALM
 @given(st.text(st.sampled_from("ab.! \n#\u3002\u00e9\U0001f600"), max_size=200), st.integers(1, 12), st.integers(1, 4))
 def test_characters_tile_too(text: str, chunk_tokens: int, width: int) -> None:
     starts = np.arange(0, len(text), width)

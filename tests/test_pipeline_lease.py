@@ -100,7 +100,7 @@ def ask(process: subprocess.Popen) -> str:
 
 def end(process: subprocess.Popen) -> None:
     process.stdin.close()
-    process.wait(timeout=30)
+    process.wait(timeout=120)
     process.stdout.close()
 
 

@@ -4,19 +4,15 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model.errors import InputError
 from pipeline.packing import deal_bins, fill, fill_bins, gather, look_ahead, plan_bins
 
-CALM = settings(deadline=None)
-"""A busy machine is slow now and then: no test fails for that."""
-
 lengths = st.lists(st.integers(1, 120), max_size=60).map(np.array)
 
 
-@CALM
 @given(lengths, st.integers(1, 200))
 def test_bins_hold_every_sequence_once_within_the_budget(lengths_S: np.ndarray, budget: int) -> None:
     bins = plan_bins(lengths_S, budget)
@@ -26,7 +22,6 @@ def test_bins_hold_every_sequence_once_within_the_budget(lengths_S: np.ndarray, 
         assert lengths_S[chosen].sum() <= budget or len(chosen) == 1
 
 
-@CALM
 @given(lengths, st.integers(1, 200))
 def test_bins_are_sorted_and_neighbours_exceed_the_budget(lengths_S: np.ndarray, budget: int) -> None:
     bins = plan_bins(lengths_S, budget)
@@ -36,7 +31,6 @@ def test_bins_are_sorted_and_neighbours_exceed_the_budget(lengths_S: np.ndarray,
         assert lengths_S[one].sum() + lengths_S[next_one[0]] > budget
 
 
-@CALM
 @given(lengths, st.integers(1, 200), st.randoms(use_true_random=False))
 def test_order_does_not_matter(lengths_S: np.ndarray, budget: int, random: object) -> None:
     shuffled = lengths_S.copy()
@@ -60,7 +54,6 @@ def test_real_lengths_fill_their_bins() -> None:
     assert fill(lengths_S, [], 8192) == 1.0
 
 
-@CALM
 @given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 100))
 def test_look_ahead_tiles(sizes: list[int], tokens: int) -> None:
     parts = list(look_ahead(np.array(sizes, dtype=int), tokens))
@@ -69,7 +62,6 @@ def test_look_ahead_tiles(sizes: list[int], tokens: int) -> None:
         assert sum(sizes[part]) <= tokens or part.stop - part.start == 1
 
 
-@CALM
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 8)), max_size=12))
 def test_gather_is_the_concatenation_of_the_ranges(ranges: list[tuple[int, int]]) -> None:
     values = np.arange(100, 130)
@@ -78,7 +70,6 @@ def test_gather_is_the_concatenation_of_the_ranges(ranges: list[tuple[int, int]]
     assert gather(values, starts, ends).tolist() == expected
 
 
-@CALM
 @given(lengths, st.integers(120, 300))
 def test_filled_bins_hold_every_sequence_once_and_no_two_would_go_together(lengths_S: np.ndarray, budget: int) -> None:
     bins = fill_bins(lengths_S, budget)
@@ -104,7 +95,6 @@ def test_filled_bins_are_almost_as_few_as_there_can_be_and_meet_other_company_in
     assert [b.tolist() for b in fill_bins(np.array([3, 9, 4, 5, 1]), 10)] == [[1], [2, 3, 4], [0]]
 
 
-@CALM
 @given(st.lists(st.floats(0, 1e9), max_size=40), st.integers(1, 9))
 def test_bins_are_dealt_once_and_evenly(costs: list[float], num_workers: int) -> None:
     dealt = deal_bins(np.array(costs), num_workers)

@@ -224,7 +224,7 @@ def race(uri: str, rounds: int) -> list[str]:
         won += [f"{name} {turn}" for name, answer in zip("xyz", answers, strict=True) if answer == ["won"]]
     for racer in racers:
         racer.stdin.close()
-        racer.wait(timeout=30)
+        racer.wait(timeout=120)
         racer.stdout.close()
     return won
 
