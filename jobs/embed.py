@@ -80,7 +80,7 @@ def run_embed(
         table = own_table(configuration, model, table, lease)
         # In this order, and in one thread: Ray starts its workers while the survey runs here, and a process that forks
         # (Ray does, to start itself) while another of its threads imports torch can hang.
-        small = is_small(files, read_columns(configuration.columns))
+        small = is_small(files, read_columns(configuration.columns), table)
         if table is None or not small:
             ray_session.start()
         letters = DeadLetters(table).keys() if table and not configuration.retry_dead else None

@@ -231,15 +231,21 @@ def list_corpus(configuration: EmbedConfiguration) -> list[SourceFile]:
     return files
 
 
-def is_small(files: Sequence[SourceFile], columns: DocumentColumns) -> bool:
-    """Whether the survey is to run in this process. How many documents there are goes by some of the files.
+def is_small(files: Sequence[SourceFile], columns: DocumentColumns, table: EmbeddingTable | None = None) -> bool:
+    """Whether the survey is to run in this process: few bytes, and few documents.
+
+    How many documents there are goes by the table, or before the first run by some of the files: a night without a
+    change opens none of them.
 
     Raises:
-        InputError: one of those cannot be read, or lacks a column.
+        InputError: one of the files cannot be read, or lacks a column.
     """
     size = sum(file.size for file in files)
     if size > SMALL_CORPUS_BYTES:
         return False
+    if table is not None:
+        most = SMALL_CORPUS_DOCUMENTS
+        return table.dataset.count_rows() <= most or table.count_documents() <= most
     some = files[:: -(-len(files) // FILES_LOOKED_INTO)]
     found = sum(estimate_documents(file, columns) for file in some)
     return found * size <= SMALL_CORPUS_DOCUMENTS * sum(file.size for file in some)
@@ -333,7 +339,7 @@ def run_plan(configuration: EmbedConfiguration, *, price_per_hour: float | None 
     configuration = pinned(configuration)
     model = read_model(configuration)
     table = open_table(configuration, model)
-    small = is_small(files, read_columns(configuration.columns))
+    small = is_small(files, read_columns(configuration.columns), table)
     with nullcontext() if small else session(configuration.compute.address, num_cpus=local_cpus()):
         letters = DeadLetters(table).keys() if table and not configuration.retry_dead else None
         corpus = survey_corpus(configuration, files, table, in_process=small, letters=letters)

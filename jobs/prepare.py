@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster.session import local_cpus, session
 from jobs.configuration import PrepareConfiguration
-from jobs.plan import SMALL_CORPUS_BYTES, read_columns
+from jobs.plan import is_small, read_columns
 from jobs.report import Progress, clock, line
 from model.errors import InputError
 from pipeline.columns import DocumentColumns
@@ -117,7 +117,7 @@ def run_prepare(configuration: PrepareConfiguration) -> PrepareReport:
     settings = settings_of(configuration)
     columns = read_columns(configuration.columns)
     files = list_files(configuration.source, uri, columns)
-    small = sum(file.size for file in files) <= SMALL_CORPUS_BYTES
+    small = is_small(files, columns)
     found = read_manifest(uri)
     with ExitStack() as stack:
         if not small:

@@ -1,11 +1,13 @@
 """`plan`: the counts of the run that would follow, the tokens it would see, and not a byte written."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_jobs_embed import configured, text_of, write_corpus
+from test_pipeline_table import RECIPE, apply
 
 import jobs.plan
 from jobs.embed import run_embed
@@ -14,6 +16,7 @@ from model.errors import InputError
 from pipeline.columns import DocumentColumns
 from pipeline.ledger import keep_record
 from pipeline.storage import list_sources, s3fs_filesystem
+from pipeline.table import EmbeddingTable
 
 
 def snapshot(folder: Path) -> list[tuple[str, int]]:
@@ -63,6 +66,13 @@ def test_many_small_documents_are_surveyed_on_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs.plan, "SMALL_CORPUS_DOCUMENTS", 1000)
     assert not is_small(files, DocumentColumns())
     assert is_small(files[:2], DocumentColumns())
+    # With a table the files are not looked into.
+    table = EmbeddingTable.create(str(tmp_path / "table.lance"), replace(RECIPE, granularity="chunk"), model="m")
+    gone = [replace(file, path="/nowhere/x.parquet") for file in files]
+    apply(table, {f"d{n}": "x" for n in range(1000)}, [])
+    assert is_small(gone, DocumentColumns(), table)
+    apply(table, {"one more": "x"}, [])
+    assert not is_small(gone, DocumentColumns(), table)
     monkeypatch.setattr(jobs.plan, "SMALL_CORPUS_BYTES", 1000)
     assert not is_small(files[:1], DocumentColumns())
 
