@@ -69,6 +69,9 @@ def train(run: Run, state: State) -> str:
     replicas, keep = run.replicas, run.configuration.keep
     while state.phase < len(run.phases):
         phase = run.phases[state.phase]
+        if state.stream.step >= phase.num_steps:  # its end was moved to where the checkpoint stands
+            state.phase, state.stream = state.phase + 1, type(state.stream)()
+            continue
         state.enter(phase)
         held_out = run.objective.held_out(phase, replicas)
         steps = run.objective.steps(phase, state.stream, replicas)

@@ -43,7 +43,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     judged = "".join(f"q{i}\td{i}\t1\n" for i in range(24))
     (folder / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged, encoding="utf-8")
     pairs = [{"sentence1": texts[i], "sentence2": texts[i - i % 4], "score": float(i % 4 == 0)} for i in range(24)]
-    labelled = [{"text": f"{'dog fox' if i % 2 else 'vector token'} {sentence(4)}", "label": i % 2} for i in range(60)]
+    labelled = [
+        {"text": f"{'apples pears' if i % 2 else 'hammer nails'} {sentence(4)}", "label": i % 2} for i in range(60)
+    ]
     return {
         "retrieval": {
             "toy": {
@@ -93,7 +95,7 @@ def test_every_system_has_its_figures(evaluation: Evaluation) -> None:
     # A question is the beginning of its document: words find it every time.
     assert find(evaluation, "toy/bm25/recall@10").interval.value > 0.9
     assert find(evaluation, "labels/tf-idf/accuracy").interval.value == 1.0
-    assert find(evaluation, "labels/document/accuracy").interval.value > 0.8
+    assert find(evaluation, "labels/document/accuracy").interval.value > 0.7
     for figure in evaluation.figures:
         assert figure.interval.low <= figure.interval.value <= figure.interval.high, figure.name
 

@@ -149,14 +149,14 @@ class Command:
         lines = read_lines(self.output / LINES)
         return lines[-1]["step"] if lines else 0
 
-    def wait_for(self, step: int, timeout_s: float = 400) -> None:
+    def wait_for(self, step: int, timeout_s: float = 1200) -> None:
         until = time.monotonic() + timeout_s
         while self.steps() < step:
             assert self.process.poll() is None, self.process.stderr.read() if self.process.stderr else ""
             assert time.monotonic() < until, f"only {self.steps()} steps"
             time.sleep(0.05)
 
-    def wait_for_workers(self, count: int, timeout_s: float = 400) -> None:
+    def wait_for_workers(self, count: int, timeout_s: float = 1200) -> None:
         """Until steps are taken by so many."""
         until = time.monotonic() + timeout_s
         while not (lines := read_lines(self.output / LINES)) or lines[-1]["workers"] != count:
@@ -178,7 +178,7 @@ class Command:
                     found.append(int(folder.name))
         return found
 
-    def finish(self, timeout_s: float = 500) -> dict[str, Any]:
+    def finish(self, timeout_s: float = 1200) -> dict[str, Any]:
         out, err = self.process.communicate(timeout=timeout_s)
         assert self.process.returncode == 0, err
         return json.loads(out)

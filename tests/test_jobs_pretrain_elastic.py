@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from jobs.monitor import LINES, read_lines
 
 pytestmark = pytest.mark.slow
 
-SLOW_S, QUICK_S = 1.0, 0.05
-"""Workers stand still for so long, then run for so long: sixty tiny steps must outlast what a cluster takes to notice.
+PAUSE_S = 1.0
+"""Workers stand still for so long after every step that is seen: sixty tiny ones must outlast what a cluster takes to
+notice. They start unhindered.
 """
 
 
@@ -34,6 +36,8 @@ class Machines:
 
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         self.other = self.cluster.add_node(num_cpus=1)
+        self.lines: Path | None = None
+        """Where the run writes its steps."""
         self.ending = threading.Event()
         self.throttle = threading.Thread(target=self._hold_back)
         self.throttle.start()
@@ -61,14 +65,17 @@ class Machines:
         return [pid for pid, line in processes() if b"RayTrainWorker" in line and raylets & ancestors(pid)]
 
     def _hold_back(self) -> None:
+        seen = 0
         while not self.ending.is_set():
-            workers = self.workers()
-            for number, pause in ((signal.SIGSTOP, SLOW_S), (signal.SIGCONT, QUICK_S)):
+            size = self.lines.stat().st_size if self.lines and self.lines.exists() else 0
+            if size == seen:
+                time.sleep(0.02)
+                continue
+            seen, workers = size, self.workers()
+            for number, pause in ((signal.SIGSTOP, PAUSE_S), (signal.SIGCONT, 0.0)):
                 for pid in workers:
-                    try:
+                    with suppress(ProcessLookupError):
                         os.kill(pid, number)
-                    except ProcessLookupError:
-                        continue
                 time.sleep(pause)
 
     def stop_holding_back(self) -> None:
@@ -97,6 +104,7 @@ def start(machines: Machines, text_shards: Path, tmp_path: Path) -> Iterator[Any
         address = f"work.address={json.dumps(machines.cluster.address)}"
         config = write_config(text_shards, tmp_path)
         commands.append(Command(config, "work.workers=2", "work.min_workers=1", address, *sets))
+        machines.lines = commands[0].output / LINES
         return commands[0]
 
     yield begin

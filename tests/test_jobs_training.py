@@ -186,6 +186,13 @@ def test_steps_after_the_last_checkpoint_are_taken_again(
     ]
 
 
+def test_a_phase_that_is_cut_short_where_it_stands_gives_way_to_the_next(text_shards: Path, tmp_path: Path) -> None:
+    """Five steps of one and two bins are 4,096 tokens."""
+    pretrain(text_shards, tmp_path / "run", "stop_after=5")
+    assert pretrain(text_shards, tmp_path / "run", "phases.stable.tokens=4096", "stop_after=7")["status"] == "stopped"
+    assert [item["phase"] for item in read_lines(tmp_path / "run" / LINES)] == ["stable"] * 5 + ["extension"] * 2
+
+
 def test_a_run_that_is_done_stays_done(text_shards: Path, whole_run: tuple[Path, list[dict[str, Any]]]) -> None:
     before = (whole_run[0] / "model" / "model.safetensors").read_bytes()
     result = pretrain(text_shards, whole_run[0])
