@@ -70,6 +70,8 @@ class Applied:
     lengths: list[int] = field(default_factory=list)
     """Documents by their tokens, in the buckets of `pipeline.measures`."""
     timeline: Timeline = field(default_factory=Timeline)
+    wasted_tokens: int = 0
+    """Tokens that were encoded for nothing: with workers and machines that were lost, or when a limit ended the run."""
 
 
 class Refused(Exception):
@@ -102,12 +104,15 @@ def apply(
     Raises:
         InputError: another run writes to the table, or a worker found the model or a source unusable.
     """
+    import ray
+
     journal = Journal(table, keys, plan, job.run, letters, probes, off, job.meter(table.uri))
     journal.meter.set(actors=job.workers.actors)
     waiting_since: float | None = None
     tokens = 0
+    watch = start_watch(job.workers.actors)
     try:
-        for row in with_pauses(written_fragments(job, plan), PAUSE_S):
+        for row in with_pauses(written_fragments(job, plan, watch), PAUSE_S):
             if row is not None:
                 journal.add(row)
                 tokens += row["tokens"]
@@ -124,6 +129,8 @@ def apply(
     finally:
         journal.commit()
     applied = journal.applied
+    applied.wasted_tokens = ray.get(watch.wasted.remote())
+    journal.meter.add(wasted_tokens=applied.wasted_tokens)
     applied.missing = int((~journal.done).sum())
     if applied.stopped or applied.refused:
         applied.left = max(applied.missing - len(applied.dead), 0)
@@ -177,14 +184,13 @@ def with_pauses(rows: Generator[dict[str, Any]], pause_s: float) -> Iterator[dic
         left.set()
 
 
-def written_fragments(job: Job, plan: Plan) -> Generator[dict[str, Any]]:
+def written_fragments(job: Job, plan: Plan, watch: Any) -> Generator[dict[str, Any]]:
     """The distributed part: yields a row for every fragment as soon as it is written, in any order."""
     import ray
 
     if job.former:
         job = replace(job, former=job.former.shared())
     workers = job.workers
-    watch = start_watch(workers.actors)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -207,9 +213,13 @@ def written_fragments(job: Job, plan: Plan) -> Generator[dict[str, Any]]:
                 EmbedAndWrite,
                 batch_size=None,
                 batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=workers.actors),
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=workers.least or workers.actors,
+                    max_size=workers.actors,
+                    initial_size=workers.first or workers.actors,
+                ),
                 fn_constructor_kwargs={"job": job, "watch": watch},
-                num_cpus=workers.share,
+                num_cpus=workers.cpus * workers.share,
                 **gpus,
             )
         )
@@ -259,7 +269,6 @@ class Journal:
             return
         if self.done[at].all():
             log.info("a fragment came twice and is left out: %s", row["fragment"])
-            self.meter.add(wasted_tokens=row["tokens"])
             return
         if self.done[at].any():
             raise RuntimeError("a worker returned documents for the second time; run again to embed what is missing")
