@@ -120,38 +120,41 @@ def of_share(name: str, share: tuple[int, int]) -> Loss:
     return lambda v, s: contrastive_loss(v, s, TEXTS, share=share, **(options if name == "matryoshka" else {}))
 
 
-def be_one_of_two(rank: int, folder: str, strategy: str, name: str) -> None:
+def be_one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{strategy}-{name}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     try:
-        replicas = Replicas(rank, 2, strategy=strategy)
-        # One has a bin more than the other, which fills up with a blank one.
-        mine = make_bins([12, 3, 0], [1, 2, 4]) if rank == 0 else [*make_bins([5, 6, 7, 8, 9, 10, 11]), blank()]
-        model = make_model()
-        module = replicas.spread(model)
-        value, report = learn_from_vectors(
-            model,
-            module,
-            mine,
-            13,
-            of_share(name, (rank, 2)),
-            factor=replicas.loss_factor,
-            add_up=replicas.add_up,
-            accumulating=lambda last: replicas.accumulating(module, last=last),
-        )
-        expected_value, expected = whole_batch(LOSSES[name])
-        total, _ = replicas.sum([float(value), float(report)])
-        assert abs(total - expected_value) < TOLERANCE
-        for key, gradient in gradients(model).items():
-            other = expected.get(key, torch.zeros_like(gradient))
-            torch.testing.assert_close(gradient, other, rtol=TOLERANCE, atol=TOLERANCE)
+        for name in ("matryoshka", "distillation"):
+            learn_as_one(Replicas(rank, 2), name)
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["matryoshka", "distillation"])
-def test_two_workers_have_the_gradient_of_one(name: str, tmp_path: Path) -> None:
-    mp.spawn(be_one_of_two, (str(tmp_path), "ddp", name), nprocs=2)
+def learn_as_one(replicas: Replicas, name: str) -> None:
+    # One has a bin more than the other, which fills up with a blank one.
+    mine = make_bins([12, 3, 0], [1, 2, 4]) if replicas.is_first else [*make_bins([5, 6, 7, 8, 9, 10, 11]), blank()]
+    model = make_model()
+    module = replicas.spread(model)
+    value, report = learn_from_vectors(
+        model,
+        module,
+        mine,
+        13,
+        of_share(name, (replicas.rank, 2)),
+        factor=replicas.loss_factor,
+        add_up=replicas.add_up,
+        accumulating=lambda last: replicas.accumulating(module, last=last),
+    )
+    expected_value, expected = whole_batch(LOSSES[name])
+    total, _ = replicas.sum([float(value), float(report)])
+    assert abs(total - expected_value) < TOLERANCE
+    for key, gradient in gradients(model).items():
+        other = expected.get(key, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, other, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_two_workers_have_the_gradient_of_one(tmp_path: Path) -> None:
+    mp.spawn(be_one_of_two, (str(tmp_path),), nprocs=2)
 
 
 def test_pooling_by_position_counts_in_the_sequence() -> None:
