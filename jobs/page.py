@@ -78,13 +78,14 @@ def make_page(uri: str) -> str:
     published = EmbeddingTable.open(uri, PUBLISHED) if table.published_version() is not None else None
     drawn = sample_vectors(published) if published else None
     name = PurePosixPath(table.uri).name.removesuffix(".lance")
-    newest = findings.newest(records)
+    newest, worked = findings.newest(records), findings.newest_with_work(records)
+    which = "The newest run" if worked in (newest, None) else f"The newest run with work, {findings.night_of(worked)}"
     head = findings.headline(newest)
     body = [
         f'<header><p class="name">{escape(name)}</p><h1>{escape(head)}</h1>',
         f'<p class="where">{escape(table.uri)}</p></header>',
         tiles(findings.key_numbers(newest)),
-        section("The newest run", [*charts_of_run(findings.newest_with_work(records)), gates(newest), dead(table)]),
+        section(which, [*charts_of_run(worked), gates(worked or newest), dead(table)]),
         section("The nights", [*charts_of_nights(records), versions(uri), nights_card(records)]),
         section("The vectors", vectors(published, drawn)),
         section("What it was made with", [settings(table, newest)]),
@@ -129,10 +130,10 @@ def tiles(numbers: Iterable[tuple[str, str, str]]) -> str:
 def figure(title: str, chart: str, numbers: str, legend: Sequence[str] = (), *, note: str = "", shape: str = "") -> str:
     """A chart under the sentence that says what it shows, the meaning of its colours, and its numbers for who asks."""
     keys = "".join(f'<li><i class="s{i}"></i>{escape(name)}</li>' for i, name in enumerate(legend))
-    shown = f'<ul class="legend">{keys}</ul>' if legend else ""
-    shown += f"<p>{escape(note)}</p>" if note else ""
+    below = f'<ul class="legend">{keys}</ul>' if legend else ""
+    below += f"<p>{escape(note)}</p>" if note else ""
     details = f"<details><summary>The numbers</summary>{numbers}</details>"
-    return f'<figure class="card {shape}"><figcaption>{escape(title)}</figcaption>{chart}{shown}{details}</figure>'
+    return f'<figure class="card {shape}"><figcaption>{escape(title)}</figcaption>{chart}{below}{details}</figure>'
 
 
 def table_of(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -133,6 +133,7 @@ def test_the_same_table_gives_the_same_page(uri, page):
 def test_a_night_that_went_wrong_is_the_headline(tmp_path, changes, words):
     page = make_page(make_table(tmp_path, nights=2, per_source=4, last=changes))
     assert words in page
+    assert ("<h2>The newest run with work, 1 Nov</h2>" in page) == ("report" in changes)
     Outline(page)
     if "reasons" in changes:
         assert "Gates: refused by collapse, collapse" in page
