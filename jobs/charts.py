@@ -94,7 +94,7 @@ def scaled(axes: Any, label: str) -> None:
     """A value axis from zero with few lines, named above it, where a name needs no room beside it."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(short))
     axes.grid(axis="y")
     axes.set_axisbelow(True)

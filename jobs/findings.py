@@ -82,6 +82,12 @@ def night_of(record: dict[str, Any]) -> str:
     return f"{started.day} {started:%b}"
 
 
+def labels_of(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A label for each run: its day, or its time where all are of one day."""
+    days = [night_of(record) for record in records]
+    return days if len(set(days)) > 1 or len(days) == 1 else [record["started"][11:16] for record in records]
+
+
 def speed_of_nights(speeds: Sequence[float]) -> str:
     if len(speeds) == 1:
         return f"The only run with work embedded {short(speeds[0])} tokens a second"

@@ -179,7 +179,7 @@ def charts_of_nights(records: list[dict[str, Any]]) -> list[str]:
     found = []
     worked = [record for record in nights if record.get("embedding_s")]
     if worked:
-        labels, speeds = [findings.night_of(r) for r in worked], [r["tokens"] / r["embedding_s"] for r in worked]
+        labels, speeds = findings.labels_of(worked), [r["tokens"] / r["embedding_s"] for r in worked]
         title = findings.speed_of_nights(speeds)
         chart = charts.draw("speed", title, charts.bars_of_nights(labels, [speeds], "tokens a second"))
         rows = [
@@ -190,7 +190,7 @@ def charts_of_nights(records: list[dict[str, Any]]) -> list[str]:
         names = ["embedded", "left", "dead"]
         series = [[r["report"][name] for r in nights] for name in names]
         title = findings.documents_of_nights(nights)
-        paint = charts.bars_of_nights([findings.night_of(r) for r in nights], series, "documents")
+        paint = charts.bars_of_nights(findings.labels_of(nights), series, "documents")
         rows = [[r["run"], *(r["report"][name] for name in names)] for r in nights]
         found.append(figure(title, charts.draw("documents", title, paint), table_of(["run", *names], rows), names))
     return found

@@ -77,6 +77,14 @@ def test_plan_and_outcome():
     assert findings.plan_and_outcome(record()).endswith("in 1 min 20 s where 1 min 40 s were foreseen")
 
 
+def test_labels_are_days_or_times_of_one_day():
+    starts = ("2026-11-27T01:00:05Z", "2026-11-27T13:30:00Z", "2026-11-28T01:00:00Z")
+    records = [{"started": start} for start in starts]
+    assert findings.labels_of(records) == ["27 Nov", "27 Nov", "28 Nov"]
+    assert findings.labels_of(records[:2]) == ["01:00", "13:30"]
+    assert findings.labels_of(records[:1]) == ["27 Nov"]
+
+
 def test_gates():
     gates = {"max_dead": {"dead": 3, "most": 10}, "canaries": {"distance": 0.5, "bound": 1e-3}}
     rows = findings.gate_rows({"gates": gates, "reasons": ["canaries: embedded again"]})
