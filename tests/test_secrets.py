@@ -109,9 +109,9 @@ def test_no_secret_is_written_anywhere(place):
     place.run("report", table, "-v", status=0, **known)
     place.run("report", table, str(place.folder / "report.html"), "-v", status=0, **known)
     night = place.folder / "nightly.toml"
-    night.write_text(f'[tables.t]\nsource = "{source}"\ntable = "{table}"\nmodel = "{place.model}"\n')
+    nightly = f"s3://{BUCKET}/nightly.lance"
+    night.write_text(f'[tables.t]\nsource = "{source}"\ntable = "{nightly}"\nmodel = "{place.model}"\n')
     counted = known | {"NIGHTLOOM_METRICS": "on"}
-    place.upload(2)
     place.run("nightly", str(night), "-v", "--set", "tables.t.vectors.dtype=float32", status=0, **counted)
 
     # Out of a profile, on another night.
