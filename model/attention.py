@@ -57,7 +57,7 @@ def prepare(
         rotary: tables by which `attend` turns queries and keys.
     """
     pattern = pattern.settled(batch.max_seqlen)
-    if backend == "amx" and (torch.is_grad_enabled() or pattern.causal):
+    if backend == "native" and (torch.is_grad_enabled() or pattern.causal):
         backend = "blocks"
     if backend != "reference" and (pattern.num_global or pattern.key_blocks is not None):
         backend = "blocks"  # the only fast one that knows these
@@ -264,7 +264,7 @@ def _varlen_attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, plan: Plan) -> T
     return out_TNH
 
 
-def _amx_attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, plan: Plan) -> Tensor:
+def _native_attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, plan: Plan) -> Tensor:
     return kernels.attend(q_TNH, k_TNH, v_TNH, plan.batch.cu_seqlens, plan.pattern.window, plan.rotary)
 
 
@@ -285,7 +285,7 @@ BACKENDS = {
     "blocks": _Backend(window_bias, _blocks_attend),
     "xformers": _Backend(_xformers_bias, _xformers_attend),
     "varlen": _Backend(_no_bias, _varlen_attend),
-    "amx": _Backend(_no_bias, _amx_attend, turns=True),
+    "native": _Backend(_no_bias, _native_attend, turns=True),
 }
 
 
@@ -303,7 +303,7 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype, head_
     """
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"no attention back-end is called {name!r}; known are auto, {', '.join(BACKENDS)}")
-    reasons = {back: _refusal(back, device, dtype, head_size) for back in ("varlen", "xformers", "amx", "blocks")}
+    reasons = {back: _refusal(back, device, dtype, head_size) for back in ("varlen", "xformers", "native", "blocks")}
     if name in reasons and (refusal := reasons[name]):
         raise InputError(f"attention back-end {name!r} cannot run here: {refusal}; use auto")
     if name != "auto":
@@ -317,7 +317,7 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype, head_size: 
     """Why a back-end cannot serve; None where it can."""
     if backend == "blocks":
         return None
-    if backend == "amx":
+    if backend == "native":
         if device.type != "cpu":
             return "needs a CPU"
         return "needs bfloat16" if dtype != torch.bfloat16 else kernels.attention_refusal(head_size)

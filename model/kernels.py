@@ -1,4 +1,4 @@
-"""Loads the library that `kernels.cpp` was built into at installation, and hands tensors over to it.
+"""Loads the library that `kernels*.cpp` were built into at installation, and hands tensors over to it.
 
 Every function does the same with or without the library: where it is missing, or the processor lacks what it was
 written for, PyTorch's own operators do the work (slower by a factor of about two at base size). No gradients here.
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 VARIABLE = "NIGHTLOOM_KERNELS"
 """Environment variable; "off" leaves everything to PyTorch."""
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"})
-NEEDED_BY_ATTENTION = frozenset({"amx_tile", "amx_bf16"})
+NEEDED_BY_TILES = frozenset({"amx_tile", "amx_bf16"})
 HEAD_SIZES = (32, 64)
 LANES = 16
 """float32 values in a register: row lengths are multiples of it."""
 ARGUMENTS: dict[str, tuple[type, ...]] = {
     "nightloom_add_norm": (c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int, c_int),
     "nightloom_geglu": (c_void_p, c_void_p, c_int64, c_int, c_int),
-    "nightloom_attend": (*[c_void_p] * 4, c_int64, *[c_void_p] * 2, c_int64, c_void_p, *[c_int] * 5),
+    "nightloom_attend": (*[c_void_p] * 4, c_int64, *[c_void_p] * 2, c_int64, c_void_p, *[c_int] * 6),
 }
 
 
@@ -67,11 +67,14 @@ def attention_refusal(head_size: int) -> str | None:
     loaded, why = library()
     if loaded is None:
         return why
-    if missing := NEEDED_BY_ATTENTION - processor_flags():
-        return f"the processor lacks {min(missing)}"
-    if head_size not in HEAD_SIZES:
-        return f"the head size is {head_size}, not one of {HEAD_SIZES}"
-    return None if loaded.nightloom_request_amx() else "the system does not let this process use AMX"
+    return None if head_size in HEAD_SIZES else f"the head size is {head_size}, not one of {HEAD_SIZES}"
+
+
+@cache
+def uses_tiles() -> bool:
+    """Whether attention multiplies on AMX tiles: the processor has them and the system lets this process use them."""
+    loaded, _ = library()
+    return loaded is not None and processor_flags() >= NEEDED_BY_TILES and bool(loaded.nightloom_request_amx())
 
 
 def add_norm(x_TD: Tensor, added_TD: Tensor, norm: nn.LayerNorm, out_TD: Tensor) -> Tensor:
@@ -159,6 +162,7 @@ def attend(
         num_heads,
         head_size,
         -1 if window is None else window,
+        uses_tiles(),
         torch.get_num_threads(),
     )
     return out_TNH

@@ -203,8 +203,8 @@ def test_a_backend_that_cannot_run_is_refused(name: str, said: str) -> None:
 
 
 def test_every_backend_is_tested() -> None:
-    """`amx` has no gradient: test_model_kernels.py has its tests."""
-    assert {case.values[0] for case in KERNELS} | {"reference", "amx"} == set(BACKENDS)
+    """`native` has no gradient: test_model_kernels.py has its tests."""
+    assert {case.values[0] for case in KERNELS} | {"reference", "native"} == set(BACKENDS)
 
 
 @pytest.mark.parametrize("before, after", [(64, 64), (64, 0), (0, 0), (5, 5)])

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1, 127, 128, 129, 130, 257, 700, 5)
 
 native = pytest.mark.skipif(kernels.library()[0] is None, reason=kernels.library()[1])
-amx = pytest.mark.skipif(kernels.attention_refusal(64) is not None, reason=kernels.attention_refusal(64) or "")
+attention = pytest.mark.skipif(kernels.attention_refusal(64) is not None, reason=kernels.attention_refusal(64) or "")
 
 
 def random_projection(lengths: tuple[int, ...], heads: int, head_size: int) -> tuple[PackedBatch, Tensor]:
@@ -52,7 +52,7 @@ def run(backend: str, batch: PackedBatch, qkv: Tensor, window: int | None, theta
 
 def assert_close_to_exact(batch: PackedBatch, qkv: Tensor, window: int | None) -> None:
     """Two things are rounded, each by 2^-8 at most: the weights of the softmax, and the result."""
-    got = run("amx", batch, qkv, window).double()
+    got = run("native", batch, qkv, window).double()
     exact = run("reference", batch, qkv.double(), window)
     query_key, value = qkv.double().tensor_split([qkv.shape[1] // 3 * 2], dim=1)
     mean_of_sizes = run("reference", batch, torch.cat([query_key, value.abs()], dim=1), window)
@@ -60,14 +60,14 @@ def assert_close_to_exact(batch: PackedBatch, qkv: Tensor, window: int | None) -
     assert ((got - exact).abs() <= 2.02 * ROUNDING * mean_of_sizes + 1e-6).all()
 
 
-@amx
+@attention
 @pytest.mark.parametrize("head_size", kernels.HEAD_SIZES)
 @pytest.mark.parametrize("window", [None, 0, 1, 8, 31, 64, 200, 300])
 def test_attention_agrees_with_float64(window: int | None, head_size: int) -> None:
     assert_close_to_exact(*random_projection(LENGTHS, 3, head_size), window)
 
 
-@amx
+@attention
 @given(
     lengths=st.lists(st.integers(1, 330), min_size=1, max_size=5).map(tuple),
     window=st.one_of(st.none(), st.integers(0, 300)),
@@ -77,12 +77,12 @@ def test_attention_agrees_on_any_lengths(lengths: tuple[int, ...], window: int |
     assert_close_to_exact(*random_projection(lengths, 1, 64), window)
 
 
-@amx
+@attention
 @pytest.mark.parametrize("window", [None, 64])
 def test_turning_on_the_way_equals_turning_before(window: int | None) -> None:
     batch, qkv = random_projection(LENGTHS, 2, 64)
     assert torch.equal(
-        run("amx", batch, qkv, window, theta=10_000.0), run("amx", batch, turned(batch, qkv, 10_000.0), window)
+        run("native", batch, qkv, window, theta=10_000.0), run("native", batch, turned(batch, qkv, 10_000.0), window)
     )
 
 
@@ -92,30 +92,30 @@ def turned(batch: PackedBatch, qkv: Tensor, theta: float) -> Tensor:
     return torch.cat([rotate(qkv[:, : 2 * heads], *tables), qkv[:, 2 * heads :]], dim=1)
 
 
-@amx
+@attention
 @pytest.mark.parametrize("window", [None, 8, 64, 200])
 def test_a_sequence_has_the_same_bits_in_any_company(window: int | None) -> None:
     batch, qkv = random_projection(LENGTHS, 2, 64)
-    together = run("amx", batch, qkv, window)
+    together = run("native", batch, qkv, window)
     for start, stop in pairwise(batch.host_offsets()):
-        alone = run("amx", pack([[5] * (stop - start)]), qkv[start:stop], window)
+        alone = run("native", pack([[5] * (stop - start)]), qkv[start:stop], window)
         assert torch.equal(alone, together[start:stop])
 
 
-@amx
+@attention
 def test_window_reaches_exactly_64_to_each_side() -> None:
     """A value that is visible moves the output; one token further it does not."""
     batch, qkv = random_projection((300,), 1, 64)
     qkv[:, 0] = 0  # every visible key has the same weight
-    before = run("amx", batch, qkv, 64)
+    before = run("native", batch, qkv, 64)
     for key in (0, 100, 163, 299):
         changed = qkv.clone()
         changed[key, 2] += 40
-        moved = (run("amx", batch, changed, 64) != before).any(dim=2)[:, 0].nonzero().flatten()
+        moved = (run("native", batch, changed, 64) != before).any(dim=2)[:, 0].nonzero().flatten()
         assert moved.tolist() == list(range(max(0, key - 64), min(300, key + 65)))
 
 
-@amx
+@attention
 def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     batch, qkv = random_projection((500, 40), 2, 64)
     qkv[:, :4] *= 40  # scores in the thousands: one key takes it all
@@ -123,11 +123,11 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     assert_close_to_exact(batch, torch.zeros_like(qkv), None)
 
 
-@amx
+@attention
 def test_a_nan_stays_visible() -> None:
     batch, qkv = random_projection((40, 30), 1, 64)
     qkv[3, 0, 5] = float("nan")
-    out = run("amx", batch, qkv, None)
+    out = run("native", batch, qkv, None)
     assert out[3].isnan().all()
     assert not out[40:].isnan().any()
 
@@ -198,15 +198,15 @@ def test_an_encoder_is_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch
 def test_the_choice_says_why() -> None:
     cpu = torch.device("cpu")
     with pytest.raises(InputError, match="needs bfloat16"):
-        choose_backend("amx", device=cpu, dtype=torch.float32, head_size=64)
+        choose_backend("native", device=cpu, dtype=torch.float32, head_size=64)
     name, reason = choose_backend("auto", device=cpu, dtype=torch.bfloat16, head_size=48)
     assert name == "blocks"
-    assert "amx: " in reason
+    assert "native: " in reason
 
 
 def test_with_a_gradient_pytorch_attends() -> None:
     batch, qkv = random_projection((3, 4), 1, 64)
-    assert prepare("amx", batch, Pattern(), dtype=qkv.dtype).backend == "blocks"
+    assert prepare("native", batch, Pattern(), dtype=qkv.dtype).backend == "blocks"
 
 
 def test_off_means_off() -> None:

@@ -80,7 +80,7 @@ def test_what_cannot_matter_is_left_out() -> None:
     assert Pattern(num_global=3, key_blocks=4).settled(257) == Pattern(num_global=3, key_blocks=4)
 
 
-@pytest.mark.parametrize("backend", ["amx", "varlen", "xformers"])
+@pytest.mark.parametrize("backend", ["native", "varlen", "xformers"])
 @pytest.mark.parametrize("pattern", [Pattern(64, num_global=1), Pattern(key_blocks=1)], ids=str)
 def test_other_backends_leave_it_to_blocks(backend: str, pattern: Pattern) -> None:
     batch, qkv = random_inputs((300, 5))
