@@ -49,9 +49,13 @@ def build(name: str, config: EncoderConfig, scale: float, tokens_scale: float) -
 
 @torch.inference_mode()
 def measure_ceiling(config: EncoderConfig, dtype: str, num_tokens: int) -> float:
-    """FLOP/s of `F.linear` at the shapes of one layer, each with `num_tokens` rows; best of three passes."""
+    """FLOP/s of `F.linear` (for int8 of `torch._int_mm`) at the shapes of one layer, each with `num_tokens` rows; best
+    of three passes."""
+    kind, product = DTYPES.get(dtype, torch.int8), F.linear
+    if dtype == "int8":
+        product = lambda x, weight: torch._int_mm(x, weight.t())  # noqa: E731
     operands = [
-        (torch.randn(num_tokens, i).to(DTYPES[dtype]), torch.randn(o, i).to(DTYPES[dtype]))
+        ((40 * torch.randn(num_tokens, i)).to(kind), (40 * torch.randn(o, i)).to(kind))
         for i, o in linear_weights(config)
     ]
     flops = sum(2 * num_tokens * i * o for i, o in linear_weights(config))
@@ -59,7 +63,7 @@ def measure_ceiling(config: EncoderConfig, dtype: str, num_tokens: int) -> float
     for _ in range(4):  # the first pass warms up
         start = time.perf_counter()
         for x, weight in operands:
-            F.linear(x, weight)
+            product(x, weight)
         times.append(time.perf_counter() - start)
     return flops / min(times[1:])
 

@@ -18,10 +18,14 @@ import torch.nn.functional as F
 from model.batch import pack
 from model.config import EncoderConfig
 from model.embedder import Embedder
+from model.folder import read_folder
+from model.quantized import quantize
+from model.weights import load_encoder, save_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]")
 NAMES = (
+    "nightloom int8",
     "nightloom bfloat16",
     "nightloom float32",
     "huggingface bfloat16",
@@ -126,6 +130,12 @@ def padded(lengths: list[int], batch_size: int) -> int:
 
 def make_peers(folder: Path, names: list[str], repeats: int, slow_repeats: int) -> Iterator[Peer]:
     """The peers asked for, loaded. Those of Hugging Face get their batch size later, per workload."""
+    if "nightloom int8" in names:
+        plain = read_folder(folder)
+        int8 = save_folder(
+            quantize(load_encoder(plain)), folder.parent / "int8", tokenizer_from=folder, pooling=plain.pooling
+        )
+        yield _nightloom(int8, "int8", repeats)
     for dtype, rounds in (("bfloat16", repeats), ("float32", slow_repeats)):
         if f"nightloom {dtype}" in names:
             yield _nightloom(folder, dtype, rounds)
@@ -136,7 +146,7 @@ def make_peers(folder: Path, names: list[str], repeats: int, slow_repeats: int) 
 
 
 def _nightloom(folder: Path, dtype: str, repeats: int) -> Peer:
-    embedder = Embedder(str(folder), device="cpu", dtype=dtype)
+    embedder = Embedder(str(folder), device="cpu", dtype="auto" if dtype == "int8" else dtype)
 
     def embed(workload: Workload, batch_size: int) -> np.ndarray:
         return embedder.encode(workload.texts, normalize_embeddings=True)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.setting import HOME, environment, keep, say
+from jobs.quantize import compare
 from model.batch import PackedBatch, pack
 from model.embedder import Embedder
 from model.flops import cost
@@ -45,19 +46,8 @@ def embed(embedder: Embedder, batch: PackedBatch) -> tuple[np.ndarray, np.ndarra
 
 def agreement(ours: np.ndarray, full: np.ndarray) -> dict[str, float]:
     """Cosines to full attention's vectors, and with their mean taken off both; how often the nearest other agrees."""
-    cosine = (ours * full).sum(axis=1)
-    result = {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
-    if len(full) > 2:
-        centred = [x - full.mean(axis=0) for x in (ours, full)]
-        centred = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in centred]
-        result["centred_cosine_mean"] = float((centred[0] * centred[1]).sum(axis=1).mean())
-        nearest = []
-        for x in (ours, full):
-            likeness = x @ x.T
-            np.fill_diagonal(likeness, -2)
-            nearest.append(likeness.argmax(axis=1))
-        result["same_nearest"] = float((nearest[0] == nearest[1]).mean())
-    return {key: round(value, 5) for key, value in result.items()}
+    names = None if len(full) > 2 else ("cosine_mean", "cosine_min")
+    return {name: round(value, 5) for name, value in compare(ours, full).items() if names is None or name in names}
 
 
 def measure(embedder: Embedder, num_tokens: int, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The commands that make and try models: prepare, pretrain, finetune, mine, evaluate, promote, generate."""
+"""The commands that make and try models: prepare, pretrain, finetune, mine, evaluate, promote, generate, quantize."""
 
 import argparse
 from functools import partial
@@ -7,7 +7,7 @@ from jobs.commands import Commands, Report, add_command, add_settings
 
 
 def add_model_commands(commands: Commands) -> None:
-    """prepare, pretrain, finetune, mine, evaluate, promote, generate."""
+    """prepare, pretrain, finetune, mine, evaluate, promote, generate, quantize."""
     prepare = add_command(commands, "prepare", "turn a corpus into token shards to train on")
     prepare.add_argument("source", metavar="SOURCE", help="as for embed")
     prepare.add_argument("tokens", metavar="TOKENS", help="folder or s3:// prefix of the token shards")
@@ -54,6 +54,16 @@ def add_model_commands(commands: Commands) -> None:
             f"--{name}", metavar="N", type=kind, default=default, help=f"{meaning} (default: {default})"
         )
     generate.set_defaults(run=run_generate)
+    quantize = add_command(commands, "quantize", "a model folder with int8 weights, if its vectors stay the same")
+    quantize.add_argument("model", metavar="MODEL", help="model folder (s3:// too) or hub id of an encoder")
+    quantize.add_argument("out", metavar="OUT", help="local folder to write; must not exist")
+    quantize.add_argument("--sample", metavar="SOURCE", help="texts to compare on (default: the bundled corpus)")
+    for name, meaning in (
+        ("min-cosine", "least mean cosine to the float model"),
+        ("min-centred", "the same, the mean vector taken off"),
+    ):
+        quantize.add_argument(f"--{name}", metavar="X", type=float, help=f"{meaning} (see jobs/quantize.py)")
+    quantize.set_defaults(run=run_quantize)
 
 
 def run_prepare(options: argparse.Namespace) -> Report:
@@ -109,3 +119,11 @@ def run_generate(options: argparse.Namespace) -> Report:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     show = None if options.json else partial(print, end="", flush=True)
     return run_generate(options.model, options.prompt, show=show, **{name: getattr(options, name) for name in names})
+
+
+def run_quantize(options: argparse.Namespace) -> Report:
+    from jobs.quantize import run_quantize
+
+    named = {name: getattr(options, name) for name in ("sample", "min_cosine", "min_centred")}
+    given = {name: value for name, value in named.items() if value is not None}
+    return run_quantize(options.model, options.out, **given)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INT8 = "nightloom-int8"
+"""What `quantization_config` in config.json calls int8 weights of `model.quantized`. No other library knows it, so none
+takes the weights for its own: transformers refuses the folder by this name."""
 NEEDED = ["*.json", "*.safetensors", "*/config.json"]
 
 # sentence-transformers' pooling modes and ours; the older folders say them as booleans.
@@ -48,6 +51,8 @@ class ModelFolder:
     max_tokens: int = 8192
     truncate_dim: int | None = None
     weight_files: tuple[Path, ...] = ()
+    int8: bool = False
+    """Whether the weights are those of `model.quantized`."""
 
     @property
     def dim(self) -> int:
@@ -137,8 +142,18 @@ def read_folder(folder_or_id: str | os.PathLike[str], *, causal: bool = False) -
         architecture=architecture,
         max_tokens=min(int(limit) for limit in limits if limit),
         weight_files=_weight_files(transformer),
+        int8=_is_int8(hf, transformer),
         **settings,
     )
+
+
+def _is_int8(hf: dict[str, Any], path: Path) -> bool:
+    method = (hf.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, INT8):
+        raise InputError(
+            f"{path}: its weights are quantized by {method!r}, which is not read here; give the float model"
+        )
+    return method == INT8
 
 
 def _pooling(options: dict[str, Any], path: Path) -> str:

@@ -28,6 +28,8 @@ LANES = 16
 ARGUMENTS: dict[str, tuple[type, ...]] = {
     "nightloom_add_norm": (c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int, c_int),
     "nightloom_geglu": (c_void_p, c_void_p, c_int64, c_int, c_int),
+    "nightloom_quantize_rows": (c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int),
+    "nightloom_scale_sums": (*[c_void_p] * 4, c_int64, c_int, c_int),
     "nightloom_attend": (*[c_void_p] * 4, c_int64, *[c_void_p] * 2, c_int64, c_void_p, *[c_int] * 6),
 }
 
@@ -116,6 +118,43 @@ def geglu(x_T2I: Tensor) -> Tensor:
     out_TI = x_T2I.new_empty(x_T2I.shape[0], width)
     loaded.nightloom_geglu(x_T2I.data_ptr(), out_TI.data_ptr(), x_T2I.shape[0], width, torch.get_num_threads())
     return out_TI
+
+
+@cache
+def multiplies_int8() -> bool:
+    """Whether the processor has int8 products into int32 (VNNI); older ones saturate or are slow."""
+    return bool(processor_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
+def quantize_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as int8 (T, D) and the float32 that one step stands for (T,): its largest size is 127 steps.
+
+    A row that is not finite gets a scale that is not, so that what is made of it shows.
+    """
+    loaded, _ = library()
+    rows, width = x_TD.shape
+    if loaded is None or x_TD.dtype != torch.bfloat16 or width % (2 * LANES) or not _in_rows(x_TD):
+        scale_T = x_TD.abs().amax(dim=1).float() / 127
+        scale_T = torch.where(scale_T == 0, 1.0, scale_T)
+        return (x_TD.float() / scale_T[:, None]).round_().nan_to_num_(0).to(torch.int8), scale_T
+    out_TD, scale_T = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
+    loaded.nightloom_quantize_rows(
+        x_TD.data_ptr(), out_TD.data_ptr(), scale_T.data_ptr(), rows, width, torch.get_num_threads()
+    )
+    return out_TD, scale_T
+
+
+def scale_sums(sums_TO: Tensor, scale_T: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """int32 sums times the scales of their row and of their column, in `dtype`: (T, O)."""
+    loaded, _ = library()
+    rows, width = sums_TO.shape
+    if loaded is None or dtype != torch.bfloat16 or width % LANES or not _in_rows(sums_TO, scale_T, scale_O):
+        return (sums_TO.float().mul_(scale_T[:, None]).mul_(scale_O)).to(dtype)
+    out_TO = torch.empty(rows, width, dtype=dtype)
+    loaded.nightloom_scale_sums(
+        *(x.data_ptr() for x in (sums_TO, scale_T, scale_O, out_TO)), rows, width, torch.get_num_threads()
+    )
+    return out_TO
 
 
 def attend(

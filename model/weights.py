@@ -21,8 +21,9 @@ from model.config import EncoderConfig
 from model.decoder import CausalLanguageModel, Decoder
 from model.encoder import Encoder
 from model.errors import InputError
-from model.folder import POOLING_NAMES, ModelFolder
+from model.folder import INT8, POOLING_NAMES, ModelFolder
 from model.heads import HEADS, Headed, MaskedLanguageModel
+from model.quantized import QuantizedEmbedding, quantize
 
 ARCHITECTURES = {"ModernBertDecoderForCausalLM": CausalLanguageModel, **HEADS}
 """What is read and written, by Hugging Face's names; None is the bare encoder."""
@@ -43,7 +44,11 @@ def load_encoder(folder: ModelFolder, **options: Any) -> Encoder:
     state = _read_state(folder)
     if any(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    if folder.int8:
+        options.setdefault("dtype", torch.float32)  # of what is computed; the weights' own says nothing
     encoder = _on_meta(folder.config, options)
+    if folder.int8:
+        quantize(encoder)
     _assign(encoder, state, folder, strict_names=False)
     return encoder
 
@@ -64,6 +69,8 @@ def load_model(
         raise InputError(
             f"{folder.path}: architecture {architecture!r} is not implemented; known are {', '.join(ARCHITECTURES)}"
         )
+    if folder.int8:
+        raise InputError(f"{folder.path} holds int8 weights, which embed and nothing else; give the float model")
     head = ARCHITECTURES[architecture]
     if head is None:
         return load_encoder(folder, **options)
@@ -162,7 +169,10 @@ def save_folder(
     tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in module.state_dict().items()}
     if encoder.config.tie_word_embeddings:
         tensors.pop("decoder.weight", None)
-    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    if isinstance(encoder.embeddings.tok_embeddings, QuantizedEmbedding):
+        config["quantization_config"] = {"quant_method": INT8}
+    floating = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    config["dtype"] = str(floating).removeprefix("torch.")
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         staging.chmod(0o755)

@@ -160,6 +160,42 @@ def test_geglu_is_gelu_times_gate_everywhere() -> None:
     assert ((out - exact).abs() <= ROUNDING * exact.abs() + tail).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_in_int8_are_within_half_a_step(dtype: torch.dtype) -> None:
+    x = (torch.randn(37, 96, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    x[5] = 0
+    quantized, scale = kernels.quantize_rows(x)
+    assert torch.equal(scale[:5], x[:5].abs().amax(dim=1).float() / 127)
+    assert scale[5] == 1
+    assert ((quantized * scale[:, None] - x.float()).abs() <= 0.5001 * scale[:, None]).all()
+    assert quantized.int().abs().amax(dim=1).tolist() == [127] * 5 + [0] + [127] * 31
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_shows_after_int8(dtype: torch.dtype, value: float) -> None:
+    x = torch.ones(3, 64, dtype=dtype)
+    x[1, 40] = value
+    quantized, scale = kernels.quantize_rows(x)
+    out = kernels.scale_sums(
+        torch._int_mm(quantized, torch.ones(64, 16, dtype=torch.int8)), scale, torch.ones(16), dtype
+    )
+    assert out[1].isnan().all() or out[1].isinf().all()
+    assert torch.equal(out[[0, 2]], torch.full((2, 16), 64, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [16, 24])
+def test_sums_get_the_scales_of_row_and_column(dtype: torch.dtype, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.randint(-(10**7), 10**7, (33, width), generator=generator, dtype=torch.int32)
+    rows, columns = torch.rand(33, generator=generator), torch.rand(width, generator=generator)
+    exact = sums.double() * rows.double()[:, None] * columns.double()
+    got = kernels.scale_sums(sums, rows, columns, dtype)
+    assert got.dtype == dtype
+    assert ((got.double() - exact).abs() <= ROUNDING * exact.abs()).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_the_library_does_not_serve_pytorch_does(dtype: torch.dtype) -> None:
     """Odd widths and wide dtypes, with and without a library."""
