@@ -5,6 +5,7 @@ The name xformers appears in this file only. Shape suffixes: T tokens, N heads, 
 block, K key block, C blocks.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -313,6 +314,14 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype, head_
     return chosen, f"best available on {device.type}" + (f" ({passed})" if passed else "")
 
 
+def _varlen_knows_windows() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
 def _refusal(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Why a back-end cannot serve; None where it can."""
     if backend == "blocks":
@@ -331,11 +340,9 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype, head_size: 
             return "needs float16 or bfloat16"
         if head_size % 8 or head_size > 256:
             return "needs a head size that is a multiple of 8, at most 256"
-        try:
-            from torch.nn.attention import varlen  # noqa: F401
-        except ImportError:
-            return "needs torch 2.13"
-        return None
+        return (
+            None if _varlen_knows_windows() else "needs torch.nn.attention.varlen with window_size (torch 2.13 has it)"
+        )
     if capability < (7, 5):
         return "needs compute capability 7.5"
     try:
