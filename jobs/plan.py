@@ -37,6 +37,7 @@ from pipeline.storage import SourceFile, is_s3, list_sources, local_model, promo
 from pipeline.survey import Options, Plan, RayTasks, Tasks, make_plan
 from pipeline.table import NEXT, EmbeddingTable
 from pipeline.tokens import TokenizeStage
+from pipeline.vectors import check_type
 from pipeline.work import read_work
 
 SMALL_CORPUS_BYTES = 64_000_000
@@ -101,8 +102,7 @@ def read_model(configuration: EmbedConfiguration) -> Model:
     if vectors.dim is not None and vectors.dim > folder.dim:
         raise InputError(f"vectors.dim is {vectors.dim}, the model gives {folder.dim}")
     normalize = folder.normalize if vectors.normalize is None else vectors.normalize
-    if vectors.type == "int8" and not normalize:
-        raise InputError("vectors.type int8 needs unit vectors; set vectors.normalize=true")
+    check_type(vectors.type, vectors.dim or folder.dim, normalize=normalize)
     name = vectors.prompt_name or folder.default_prompt_name
     if vectors.prompt is None and name is not None and name not in folder.prompts:
         raise InputError(f"{folder.path} has no prompt {name!r}; it has {', '.join(sorted(folder.prompts)) or 'none'}")

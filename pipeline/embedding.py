@@ -29,6 +29,7 @@ from pipeline.measures import count_lengths
 from pipeline.packing import gather, look_ahead, plan_bins
 from pipeline.storage import local_model
 from pipeline.tokens import list_offsets, list_values
+from pipeline.vectors import check_type, vector_array
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +118,9 @@ class EmbedStage:
         device, dtype: see `Embedder`.
         tokens_per_batch: token budget of one forward pass; None: what suits the device.
         look_ahead_tokens: bins are planned over so many tokens at a time; None: 32 batches.
-        normalize: unit length; None does what the folder says. int8 needs it.
+        normalize: unit length; None does what the folder says. int8 and bits need it.
         truncate_dim: keep the first dimensions only, before normalising.
-        vector_type: "float32", "float16", or "int8": 127 times the unit vector, rounded; divide by 127 to get it back.
+        vector_type: how vectors are stored, see `pipeline.vectors`.
 
     Raises:
         InputError: the model cannot be loaded, or the settings contradict each other.
@@ -145,11 +146,8 @@ class EmbedStage:
         self.look_ahead_tokens = look_ahead_tokens or LOOK_AHEAD_BATCHES * self.tokens_per_batch
         self.normalize = self.embedder.normalize if normalize is None else normalize
         self.truncate_dim, self.vector_type = truncate_dim, vector_type
-        if vector_type not in ("float32", "float16", "int8"):
-            raise InputError(f"vector type {vector_type!r} is not known; use float32, float16 or int8")
-        if vector_type == "int8" and not self.normalize:
-            raise InputError("int8 vectors need unit length; set normalize, or store float16")
         self.dim = min(truncate_dim or self.embedder.dim, self.embedder.dim)
+        check_type(vector_type, self.dim, normalize=self.normalize)
         special = self.embedder.tokenizer.encode("").ids
         if len(special) != 2:
             raise InputError(
@@ -298,14 +296,6 @@ class EmbedStage:
         columns["vector"] = vector_array(vectors, self.vector_type)
         columns |= {name: of_document(name) for name in table.column_names if name not in NOT_CARRIED}
         return pa.table(columns)
-
-
-def vector_array(vectors: np.ndarray, vector_type: str) -> pa.FixedSizeListArray:
-    """(R, dim) float32 vectors as a `fixed_size_list` column; for int8, of unit vectors times 127."""
-    flat = np.ascontiguousarray(vectors).ravel()
-    if vector_type == "int8":
-        flat = np.clip(np.rint(flat * 127), -127, 127)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.astype(vector_type)), vectors.shape[1])
 
 
 def plan_layout(table: pa.Table, chunking: ChunkingConfig, pooling: str) -> Layout:

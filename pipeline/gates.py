@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.keys import Keys, as_keys, hash_ids
-from pipeline.probes import as_array
 from pipeline.recipe import Recipe
 from pipeline.table import EmbeddingTable, table_schema
+from pipeline.vectors import as_array, step
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ MOST_DEAD_DIMENSIONS = 0.5
 
 def norm_tolerance(vector_type: str, dim: int) -> float:
     """How far from 1 the length of a stored unit vector may be."""
-    rounding = {"float32": 1e-4, "float16": 2e-3, "int8": 1e-4 + 0.5 * dim**0.5 / 127}
+    rounding = {"float32": 1e-4, "float16": 2e-3, "int8": 1e-4 + 0.5 * dim**0.5 / 127, "bits": 1e-4}
     return rounding[vector_type]
 
 
@@ -116,7 +116,7 @@ def scan(uri: str, version: int, fragments: Sequence[int], recipe: Recipe) -> Ve
 
 def look_at(rows: pa.Table, fragment: int, recipe: Recipe) -> VectorStatistics:
     """The statistics of some rows."""
-    vectors = as_array(rows["vector"]).astype(np.float32) / (127 if recipe.vector_type == "int8" else 1)
+    vectors = as_array(rows["vector"]).astype(np.float32) * np.float32(step(recipe.vector_type, recipe.dim))
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
     off = np.abs(np.linalg.norm(np.where(finite[:, None], vectors, 0), axis=1) - 1)
     odd: np.ndarray = finite & (off > norm_tolerance(recipe.vector_type, recipe.dim)) & recipe.normalize

@@ -26,6 +26,7 @@ from pipeline.columns import COLUMNS, DocumentColumns, hash_texts
 from pipeline.documents import read_documents
 from pipeline.recipe import Recipe
 from pipeline.storage import SourceFile
+from pipeline.vectors import as_array
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ TEXTS = (
 )
 
 ARITHMETIC = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-4}
-STORAGE = {"float32": 0.0, "float16": 1e-6, "int8": 1e-3}
+STORAGE = {"float32": 0.0, "float16": 1e-6, "int8": 1e-3, "bits": 0.05}
 """Largest 1 - cosine between a vector and its repetition, by the precision of the arithmetic and of the stored vector;
 docs/numerics.md says where they come from."""
 
@@ -170,12 +171,6 @@ def find_documents(file: SourceFile, columns: DocumentColumns, hashes: pa.Chunke
             yield from found.select(["document_id", "text_hash", "text"]).to_pylist()
     except InputError as error:
         log.info("not sampled: %s", error)
-
-
-def as_array(vectors: pa.ChunkedArray) -> np.ndarray:
-    """(R, dim) numpy array of a vector column."""
-    flat = vectors.combine_chunks()
-    return flat.flatten().to_numpy(zero_copy_only=False).reshape(len(flat), -1)
 
 
 def to_bytes(rows: pa.Table) -> bytes:

@@ -44,7 +44,7 @@ class Recipe:
     dtype: str
     """float32, bfloat16 or float16: the precision of the arithmetic."""
     vector_type: str
-    """float32, float16 or int8: the precision of the stored vectors."""
+    """float32, float16, int8 or bits: how vectors are stored."""
     dim: int
     """Length of a vector."""
     code: int = CODE_VERSION

@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.chunks import WHOLE
 from pipeline.keys import KEY, Keys, as_keys, hash_ids, is_among
-from pipeline.probes import as_array
 from pipeline.table import CHUNK_HASH, EmbeddingTable
 from pipeline.tokens import combined, list_offsets, list_values
+from pipeline.vectors import as_array
 
 OFFSETS = ("chunk", "char_start", "char_end", "token_start", "token_end")
 HASHES, FOUND = "nightloom.chunk_hashes", "nightloom.found"

@@ -23,6 +23,7 @@ from pipeline.keys import Keys, as_keys, hash_ids, is_among
 from pipeline.lease import Lease
 from pipeline.packing import look_ahead
 from pipeline.recipe import Recipe
+from pipeline.vectors import column_type, nearest
 
 PUBLISHED = "published"
 NEXT, PAGE = "_next.lance", "_report.html"
@@ -38,7 +39,6 @@ RECIPE_KEY, FINGERPRINT_KEY, MODEL_KEY, RUN_KEY = (
     f"nightloom.{name}" for name in ("recipe", "fingerprint", "model", "run")
 )
 CHUNK_HASH = "chunk_hash"
-VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
 
 
 def table_schema(
@@ -53,7 +53,7 @@ def table_schema(
         *([pa.field(CHUNK_HASH, pa.binary(16))] if chunk_hash else []),
         pa.field("source", pa.string()),
         pa.field("run", pa.string(), nullable=False),
-        pa.field("vector", pa.list_(VECTOR_TYPES[vector_type], dim), nullable=False),
+        pa.field("vector", column_type(dim, vector_type), nullable=False),
     ]
     names = {column.name for column in columns}
     if taken := [column.name for column in carried if column.name in names]:
@@ -318,7 +318,7 @@ class EmbeddingTable:
         return sorted({tag["version"] for name, tag in tags if name == PUBLISHED or name.startswith(KEPT)})
 
     def search(self, vector: np.ndarray, k: int) -> pa.Table:
-        """The `k` rows nearest to a vector by cosine, best first; exact, every row is compared.
+        """The `k` rows nearest to a vector by cosine, best first; every row is compared.
 
         Args:
             vector: float of shape (dim,), of any length.
@@ -340,19 +340,9 @@ class EmbeddingTable:
             scores = np.clip(1 - found["_distance"].to_numpy(), -1, 1)
             found = found.drop_columns("_distance").append_column("score", pa.array(scores, pa.float32()))
         else:  # Lance compares floats only
-            found = self._scan_nearest(vector, k, columns)
+            batches = self.dataset.to_batches(columns=[*columns, "vector"])
+            found = nearest(self.schema, batches, columns, vector, k)
         return found.sort_by([("score", "descending"), ("document_id", "ascending"), ("chunk", "ascending")])
-
-    def _scan_nearest(self, vector: np.ndarray, k: int, columns: list[str]) -> pa.Table:
-        query = (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
-        best = self.schema.empty_table().select(columns).append_column("score", pa.array([], pa.float32()))
-        for batch in self.dataset.to_batches(columns=[*columns, "vector"]):
-            rows = batch.column("vector").flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
-            rows = rows.astype(np.float32)
-            scores = rows @ query / np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
-            part = pa.Table.from_batches([batch]).select(columns).append_column("score", pa.array(scores))
-            best = pa.concat_tables([best, part]).sort_by([("score", "descending")])[:k]
-        return best
 
     def count_documents(self) -> int:
         """Documents of this version; reads one small column. Every document has one first row."""

@@ -17,9 +17,10 @@ from model.errors import InputError
 from model.folder import load_tokenizer
 from pipeline.chunks import ChunkingConfig, plan_windows
 from pipeline.columns import hash_texts
-from pipeline.embedding import DEAD_KEY, STATISTICS_KEY, EmbedStage, vector_array
+from pipeline.embedding import DEAD_KEY, STATISTICS_KEY, EmbedStage
 from pipeline.table import table_schema
 from pipeline.tokens import TokenizeStage
+from pipeline.vectors import as_array
 
 CLOSE = 1e-5
 WHOLE = ChunkingConfig()
@@ -291,9 +292,16 @@ def test_vector_types(tiny_model_folder: Path, embedder: Embedder, vector_type: 
     np.testing.assert_allclose(vectors_of(rows).astype(np.float32) / scale, expected, atol=tolerance)
 
 
+def test_bits_are_the_signs(tiny_model_folder: Path, embedder: Embedder) -> None:
+    rows = rows_of(tiny_model_folder, SHORT, vector_type="bits", truncate_dim=16)
+    assert rows["vector"].type == table_schema(16, "bits").field("vector").type
+    expected = embedder.encode(SHORT, truncate_dim=16)
+    clear = np.abs(expected) > 1e-4  # a component at 0 may fall to either side
+    assert np.array_equal((as_array(rows["vector"]) > 0)[clear], (expected > 0)[clear])
+
+
 def test_bad_settings(tiny_model_folder: Path) -> None:
     with pytest.raises(InputError, match="vector type"):
         EmbedStage(tiny_model_folder, vector_type="float8")
     with pytest.raises(InputError, match="unit length"):
         EmbedStage(tiny_model_folder, vector_type="int8", normalize=False)
-    assert vector_array(np.array([[1.0, -1.0]], np.float32), "int8").to_pylist() == [[127, -127]]

@@ -1,0 +1,94 @@
+"""How vectors are stored in a table, and how stored ones are compared with a question.
+
+float32 and float16 as they are; int8 is 127 times the unit vector, rounded; bits are the signs of the components,
+eight to a byte, the first in the highest bit. What is read back has one number a dimension again.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from model.errors import InputError
+
+TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "bits": pa.uint8()}
+UNIT = ("int8", "bits")
+"""Types that keep nothing of a vector's length."""
+RESCORED = 8
+"""Of bits, so many times k rows come closest by differing bits; the question itself, in float, then orders them."""
+
+
+def check_type(vector_type: str, dim: int, *, normalize: bool) -> None:
+    """Refuse what cannot be stored.
+
+    Raises:
+        InputError: an unknown type, one of unit vectors for others, bits that fill no whole bytes.
+    """
+    if vector_type not in TYPES:
+        raise InputError(f"vector type {vector_type!r} is not known; use {', '.join(TYPES)}")
+    if vector_type in UNIT and not normalize:
+        raise InputError(f"{vector_type} vectors need unit length; set vectors.normalize=true, or store float16")
+    if vector_type == "bits" and dim % 8:
+        raise InputError(f"{dim} dimensions fill no whole bytes of bits; set vectors.dim to a multiple of 8")
+
+
+def column_type(dim: int, vector_type: str) -> pa.DataType:
+    """The Arrow type of a column of vectors of `dim` dimensions."""
+    return pa.list_(TYPES[vector_type], dim // 8 if vector_type == "bits" else dim)
+
+
+def vector_array(vectors: np.ndarray, vector_type: str) -> pa.FixedSizeListArray:
+    """(R, dim) float32 vectors as they are stored; unit vectors for int8. [0.6, -0.8, ...] begins with the bits 10."""
+    if vector_type == "bits":
+        rows = np.packbits(vectors > 0, axis=1)
+    elif vector_type == "int8":
+        rows = np.clip(np.rint(vectors * 127), -127, 127).astype(np.int8)
+    else:
+        rows = vectors.astype(vector_type)
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).ravel()), rows.shape[1])
+
+
+def as_array(vectors: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """(R, dim) numpy array of a vector column, in the type that it is stored in; bits as int8, -1 and 1."""
+    flat = vectors.combine_chunks()
+    rows = flat.flatten().to_numpy(zero_copy_only=False).reshape(len(flat), flat.type.list_size)
+    if rows.dtype != np.uint8:
+        return rows
+    return (np.unpackbits(rows, axis=1).astype(np.int8) << 1) - 1
+
+
+def step(vector_type: str, dim: int) -> float:
+    """What a 1 of `as_array` stands for in the vector."""
+    return {"int8": 1 / 127, "bits": dim**-0.5}.get(vector_type, 1.0)
+
+
+def nearest(
+    schema: pa.Schema, batches: Iterable[pa.RecordBatch], columns: Sequence[str], question: np.ndarray, k: int
+) -> pa.Table:
+    """The `k` rows with the highest cosine to a question, every row compared: `columns`, and the cosine as `score`.
+
+    Of bits, rows are first chosen by the number of bits that differ from the question's; `score` is the cosine of the
+    question itself, not of its bits, with the row's signs.
+    """
+    unit = (question / max(float(np.linalg.norm(question)), 1e-12)).astype(np.float32)
+    bits = np.packbits(unit > 0)
+    best = schema.empty_table().select([*columns, "vector"]).append_column("rough", pa.array([], pa.float32()))
+    for batch in batches:
+        part = pa.Table.from_batches([batch])
+        stored = part["vector"].combine_chunks()
+        if pa.types.is_uint8(stored.type.value_type):
+            raw = stored.flatten().to_numpy().reshape(len(stored), len(bits))
+            differing = np.bitwise_count(raw ^ bits).sum(axis=1, dtype=np.int64)
+            part, keep = part.append_column("rough", pa.array(-differing.astype(np.float32))), RESCORED * k
+        else:
+            part, keep = part.append_column("rough", pa.array(cosines(as_array(stored), unit))), k
+        best = pa.concat_tables([best, part]).sort_by([("rough", "descending")])[:keep]
+    scores = cosines(as_array(best["vector"]), unit)
+    return best.select(columns).append_column("score", pa.array(scores)).sort_by([("score", "descending")])[:k]
+
+
+def cosines(rows: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """float32 cosines of rows of any length with a unit vector; 0 for a row of zeros."""
+    rows = rows.astype(np.float32)
+    found: np.ndarray = rows @ unit / np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
+    return found
