@@ -51,9 +51,11 @@ def build(name: str, config: EncoderConfig, scale: float, tokens_scale: float) -
 def measure_ceiling(config: EncoderConfig, dtype: str, num_tokens: int) -> float:
     """FLOP/s of `F.linear` (for int8 of `torch._int_mm`) at the shapes of one layer, each with `num_tokens` rows; best
     of three passes."""
-    kind, product = DTYPES.get(dtype, torch.int8), F.linear
-    if dtype == "int8":
-        product = lambda x, weight: torch._int_mm(x, weight.t())  # noqa: E731
+    kind = DTYPES.get(dtype, torch.int8)
+
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch._int_mm(x, weight.t()) if dtype == "int8" else F.linear(x, weight)
+
     operands = [
         ((40 * torch.randn(num_tokens, i)).to(kind), (40 * torch.randn(o, i)).to(kind))
         for i, o in linear_weights(config)

@@ -107,7 +107,7 @@ def check_one(backend: str, dtype: torch.dtype, window: int | None, device: torc
         if name != "reference":
             with torch.no_grad():  # the kernels of inference may be others
                 plan = prepare(name, batch, Pattern(window), dtype=kind)
-                results["inference"] = [attend(*(x.clone() for x in rounded[:3]), plan)]
+                results["inference"] = [attend(rounded[0].clone(), rounded[1].clone(), rounded[2], plan)]
     exact = results["reference"]
     errors = {
         name: largest_share(ours, theirs)

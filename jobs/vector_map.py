@@ -16,6 +16,7 @@ import pyarrow as pa
 from jobs.search import read_texts, snippet
 from pipeline.chunks import WHOLE
 from pipeline.table import EmbeddingTable
+from pipeline.vectors import as_array
 
 MOST_POINTS = 1500
 """Vectors on a map: more make a larger page and no clearer picture."""
@@ -70,8 +71,7 @@ def sample_vectors(table: EmbeddingTable, *, seed: int = 0, most: int = MOST_POI
         taken = taken.filter(pa.compute.equal(taken["chunk"], WHOLE))
     if len(taken) < 3:
         return None
-    flat = taken["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    vectors = flat.reshape(len(taken), -1)
+    vectors = as_array(taken["vector"]).astype(np.float32)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     points, held = principal(vectors)
     rows = taken.drop_columns("vector").to_pylist()

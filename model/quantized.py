@@ -79,7 +79,7 @@ def _linear(linear: nn.Linear) -> QuantizedLinear:
     with torch.device(linear.weight.device):
         made = QuantizedLinear(linear.in_features, linear.out_features, bias=linear.bias is not None)
     made.weight.data, made.weight_scale.data = quantize_weight(linear.weight)
-    if linear.bias is not None:
+    if linear.bias is not None and made.bias is not None:
         made.bias.data = linear.bias.detach().float()
     return made
 
