@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 
 from model.batch import PackedBatch
-from model.embedder import TOKENS_PER_BATCH, Embedder
+from model.embedder import Embedder
 from model.errors import InputError
 from pipeline.chunks import WHOLE, ChunkingConfig, Windows, plan_windows
 from pipeline.measures import count_lengths
@@ -142,7 +142,7 @@ class EmbedStage:
         model_path = local_model(os.fspath(model_path))
         self.embedder = Embedder(model_path, device=device, dtype=dtype)
         self.chunking = chunking.settle(self.embedder.max_tokens)
-        self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(self.embedder.device.type, 2_048)
+        self.tokens_per_batch = tokens_per_batch or self.embedder.tokens_per_batch
         self.look_ahead_tokens = look_ahead_tokens or LOOK_AHEAD_BATCHES * self.tokens_per_batch
         self.normalize = self.embedder.normalize if normalize is None else normalize
         self.truncate_dim, self.vector_type = truncate_dim, vector_type

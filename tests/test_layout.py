@@ -56,6 +56,7 @@ SMALL = {
     "model/distillation.py": "one loss, and the ranking in it",
     "model/pooling.py": "one operation that three stages share",
     "model/rotary.py": "one table of angles",
+    "model/memory.py": "one formula",
     "pipeline/keys.py": "the keys that survey, table and dead letters share",
     "jobs/model_commands.py": "the parsers of one family of commands",
     "jobs/pretrain.py": "what the loop and the group, which serve other jobs too, leave to pretraining",
