@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INT8 = "nightloom-int8"
-"""What `quantization_config` in config.json calls int8 weights of `model.quantized`. No other library knows it, so none
-takes the weights for its own: transformers refuses the folder by this name."""
+"""What `quantization_config` in config.json calls int8 weights of `model.quantized`."""
+INT8_FILE = "model.int8.safetensors"
+"""Where they are. transformers passes over a quantization that it does not know, and would read the integers as weights:
+it finds no model.safetensors, and says so."""
 NEEDED = ["*.json", "*.safetensors", "*/config.json"]
 
 # sentence-transformers' pooling modes and ours; the older folders say them as booleans.
@@ -115,6 +117,7 @@ def read_folder(folder_or_id: str | os.PathLike[str], *, causal: bool = False) -
     if config.causal != causal:
         found, wanted = ("an encoder", "a decoder") if causal else ("a decoder", "an encoder")
         raise InputError(f"{transformer} holds {found} ({architecture}); give the folder of {wanted}")
+    int8 = _is_int8(hf, transformer)
     settings: dict[str, Any] = {}
     for module, kind in zip(modules, kinds, strict=True):
         options = _read_json(path / module.get("path", "") / "config.json", default={}) if kind != "Transformer" else {}
@@ -141,8 +144,8 @@ def read_folder(folder_or_id: str | os.PathLike[str], *, causal: bool = False) -
         config=config,
         architecture=architecture,
         max_tokens=min(int(limit) for limit in limits if limit),
-        weight_files=_weight_files(transformer),
-        int8=_is_int8(hf, transformer),
+        weight_files=_weight_files(transformer, INT8_FILE if int8 else SINGLE),
+        int8=int8,
         **settings,
     )
 
@@ -170,9 +173,9 @@ def _pooling(options: dict[str, Any], path: Path) -> str:
     return POOLING_NAMES[active[0]]
 
 
-def _weight_files(path: Path) -> tuple[Path, ...]:
-    if (path / SINGLE).is_file():
-        return (path / SINGLE,)
+def _weight_files(path: Path, single: str) -> tuple[Path, ...]:
+    if (path / single).is_file():
+        return (path / single,)
     if (path / INDEX).is_file():
         names = sorted(set(_read_json(path / INDEX).get("weight_map", {}).values()))
         if any("/" in n or "\\" in n or not n.endswith(".safetensors") for n in names):
@@ -184,7 +187,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
             raise InputError(f"{path}: weight file {absent[0]} is named by {INDEX} and missing")
         return files
     extra = ", pickled weights are not read" if (path / "pytorch_model.bin").exists() else ""
-    raise InputError(f"{path} has no weights: {SINGLE} is missing{extra}; convert the model to safetensors")
+    raise InputError(f"{path} has no weights: {single} is missing{extra}; convert the model to safetensors")
 
 
 def _read_json(path: Path, default: Any = None) -> Any:

@@ -21,7 +21,7 @@ from model.config import EncoderConfig
 from model.decoder import CausalLanguageModel, Decoder
 from model.encoder import Encoder
 from model.errors import InputError
-from model.folder import INT8, POOLING_NAMES, ModelFolder
+from model.folder import INT8, INT8_FILE, POOLING_NAMES, SINGLE, ModelFolder
 from model.heads import HEADS, Headed, MaskedLanguageModel
 from model.quantized import QuantizedEmbedding, quantize
 
@@ -169,15 +169,16 @@ def save_folder(
     tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in module.state_dict().items()}
     if encoder.config.tie_word_embeddings:
         tensors.pop("decoder.weight", None)
+    file = SINGLE
     if isinstance(encoder.embeddings.tok_embeddings, QuantizedEmbedding):
-        config["quantization_config"] = {"quant_method": INT8}
+        config["quantization_config"], file = {"quant_method": INT8}, INT8_FILE
     floating = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     config["dtype"] = str(floating).removeprefix("torch.")
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         staging.chmod(0o755)
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-        (staging / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+        save_file(tensors, staging / file, metadata={"format": "pt"})
+        (staging / file).chmod(0o644)  # safetensors writes it for its owner alone
         _write_json(staging / "config.json", config)
         if tokenizer_from is not None:
             for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

@@ -50,7 +50,7 @@ def vector_array(vectors: np.ndarray, vector_type: str) -> pa.FixedSizeListArray
 
 def as_array(vectors: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """(R, dim) numpy array of a vector column, in the type that it is stored in; bits as int8, -1 and 1."""
-    flat = vectors.combine_chunks()
+    flat = vectors.combine_chunks() if isinstance(vectors, pa.ChunkedArray) else vectors
     rows = flat.flatten().to_numpy(zero_copy_only=False).reshape(len(flat), flat.type.list_size)
     if rows.dtype != np.uint8:
         return rows

@@ -12,6 +12,12 @@ from model import attention
 from model.config import preset
 
 DRY = ["--device", "cpu", "--presets", "tiny", "--lengths", "64", "--tokens", "256", "--dtype", "bfloat16"]
+DRY += ["--case-s", "0"]
+
+
+@pytest.fixture(autouse=True)
+def few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CHECKED_LENGTHS", (1, 65, 130))
 
 
 def test_a_dry_run_has_every_piece(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
