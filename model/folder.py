@@ -20,8 +20,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INT8 = "nightloom-int8"
 """What `quantization_config` in config.json calls int8 weights of `model.quantized`."""
 INT8_FILE = "model.int8.safetensors"
-"""Where they are. transformers passes over a quantization that it does not know, and would read the integers as weights:
-it finds no model.safetensors, and says so."""
+"""Where they are. transformers passes over a quantization that it does not know, and would read integers as weights: it
+finds no model.safetensors, and says so."""
 NEEDED = ["*.json", "*.safetensors", "*/config.json"]
 
 # sentence-transformers' pooling modes and ours; the older folders say them as booleans.

@@ -1,4 +1,4 @@
-"""Weights in int8: a quarter of the memory of float32, and on CPUs with int8 products twice the speed of bfloat16.
+"""Weights in int8: a quarter of the memory of float32, and on CPUs with int8 products faster ones.
 
 Every output channel of a projection has a float32 scale, and so has every row of the embedding; norms stay as they are.
 On a CPU activations are quantized too, each token by its own largest value, and the products are exact (int32,
