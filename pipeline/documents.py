@@ -6,6 +6,8 @@ becomes a dead row. Ids do not depend on how the files are split over workers.
 
 import io
 import json
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +37,10 @@ BYTES_OF_LINES = 1 << 16
 """A file's lines are as long as those that begin it."""
 COMPRESSION = 4
 """Bytes of text in a byte of a compressed file, about."""
+AWAY = re.compile(r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|.*HTTP status 5)")
+"""What pyarrow says when it is not the file that cannot be read, but the store."""
+PAUSES_S = (1, 2, 4, 8, 15)
+"""A store that stays away longer ends the run; no document is dead for it."""
 
 
 def read_documents(
@@ -317,12 +323,19 @@ def _read_text(
     columns = columns if with_carried else columns.bare()
     text, error = "", None
     files, path = filesystem(file.path)
-    try:
-        with files.open_input_stream(path, compression="detect") as stream:
-            text = _decode(stream.read())
-    except (OSError, pa.ArrowException) as failure:
-        # The file is the document: it is dead, its neighbours are not.
-        error = f"cannot be read: {first_words(failure)}"
+    for pause_s in (*PAUSES_S, None):
+        try:
+            with files.open_input_stream(path, compression="detect") as stream:
+                text = _decode(stream.read())
+            break
+        except (OSError, pa.ArrowException) as failure:
+            if not AWAY.search(str(failure)):
+                # The file is the document: it is dead, its neighbours are not.
+                error = f"cannot be read: {first_words(failure)}"
+                break
+            if pause_s is None:
+                raise InputError(f"{file.path} cannot be read: {first_words(failure)}") from None
+            time.sleep(pause_s)
     carried = {name: pa.nulls(1, pa.string()) for name in columns.carry}
     ids = pa.array([scrub(file.relative)], pa.string())
     errors = pa.array([error], pa.string())

