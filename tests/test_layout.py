@@ -68,7 +68,7 @@ CROSS_CUTTING = {
     *("test_layout.py", "conftest.py", "seaweed.py", "clusters.py", "pages.py", "browser.py"),
     *("nights.py", "faults.py", "strikes.py", "test_faults.py", "test_faults_cluster.py", "test_faults_ray_data.py"),
     *("test_drop_in.py", "test_nights.py", "test_secrets.py", "test_security.py", "test_two_runs.py"),
-}
+} | {"test_corpus.py", "test_make_small.py"}
 """Files in `tests/` that belong to no single source file."""
 
 BANNED_NAMES = {"util", "utils", "common", "base", "manager", "helper", "helpers", "misc", "registry"}
