@@ -1,6 +1,6 @@
 """How nightloom-small came about, from the first bundled one: a vocabulary, words, growth, and pairs.
 
-    python -m models.make_small tokenizer SECTIONS.parquet TOKENIZER
+    python -m models.make_small tokenizer SECTIONS.parquet FIRST_MODEL TOKENIZER
     python -m models.make_small start FIRST_MODEL TOKENIZER UNITS.npz START
     python -m models.make_small tune START TOKENIZER UNITS.npz OUT --steps N
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ TEXTS_MB |= {"apache2-doc": 1, "sqlite3-doc": 1, "postgresql-doc-15": 1.5, "pyth
 """What the vocabulary is learned from: so much of these sources, all of the others, leads three times."""
 
 
-def make_tokenizer(sections: str, folder: str) -> None:
+def make_tokenizer(sections: str, first: str, folder: str) -> None:
     """Lower case, no accents, a space before the first word: one word has one token wherever it stands."""
     rows = pq.read_table(sections, filters=[("split", "=", "train")]).to_pylist()
     by_source: dict[str, list[str]] = defaultdict(list)
@@ -79,6 +80,8 @@ def make_tokenizer(sections: str, folder: str) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(**template, special_tokens=ends)
     Path(folder).mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(Path(folder) / "tokenizer.json"), pretty=False)
+    for file in (*Path(first).glob("tokenizer_config.json"), *Path(first).glob("special_tokens_map.json")):
+        shutil.copy(file, folder)
 
 
 def moved_embedding(old: Tensor, before: Tokenizer, after: Tokenizer) -> Tensor:
@@ -231,7 +234,8 @@ def tune(
     rate: float = 5e-4,
     layer_rate: float = 3e-4,
     bag_steps: int = 4,
-    save_every: int = 25,
+    save_every: int = 10,
+    stop_after: int | None = None,
 ) -> None:
     """Train all of it on pairs, layers and all; between the steps, the embedding as a bag of tokens, in large batches.
 
@@ -241,6 +245,7 @@ def tune(
     Args:
         rate: of the embedding; `layer_rate` of everything else.
         bag_steps: bag-of-tokens steps for each step of the whole.
+        stop_after: leave after so many steps, as if killed.
     """
     pairs, config = Pairs(units, tokenizer_folder), Embedder(begin, dtype="float32").encoder.config
     encoder = Encoder(config, dtype=torch.bfloat16)
@@ -295,6 +300,8 @@ def tune(
             state |= {"bag_optimizer": bag_optimizer.state_dict(), "step": step + 1, "tokens": tokens}
             torch.save(state | {"pairs": num_pairs, "seconds": seconds}, f"{checkpoint}.partial")
             os.replace(f"{checkpoint}.partial", checkpoint)
+        if step + 1 == stop_after:
+            return
     encoder.load_state_dict(average)
     save(encoder, out, tokenizer_folder, torch.float16)
 
@@ -302,12 +309,9 @@ def tune(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("tokenizer")
-    command.add_argument("paths", nargs=2, metavar="SECTIONS TOKENIZER")
-    command = commands.add_parser("start")
-    command.add_argument("paths", nargs=4)
-    command = commands.add_parser("tune")
-    command.add_argument("paths", nargs=4)
+    for name, num_paths in (("tokenizer", 3), ("start", 4), ("tune", 4)):
+        command = commands.add_parser(name)
+        command.add_argument("paths", nargs=num_paths, help="in the order that stands above")
     command.add_argument("--steps", type=int, required=True)
     options = parser.parse_args()
     if options.command == "tokenizer":
