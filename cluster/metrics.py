@@ -36,7 +36,7 @@ METRICS = {
     "truncated_tokens": Metric("counter", "driver", "Tokens of committed documents that were cut off"),
     "dead_documents": Metric("counter", "driver", "Documents that could not be embedded"),
     "commits": Metric("counter", "driver", "Commits that added vectors"),
-    "wasted_tokens": Metric("counter", "driver", "Tokens that were encoded for nothing and known to be"),
+    "wasted_tokens": Metric("counter", "driver", "Tokens that were encoded for nothing, known at the end of a run"),
     "waiting_documents": Metric("gauge", "driver", "Planned documents that have not arrived"),
     "waiting_fragments": Metric("gauge", "driver", "Written fragments that wait for their commit"),
     "actors": Metric("gauge", "driver", "Processes that hold the encoder"),

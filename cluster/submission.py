@@ -18,7 +18,7 @@ PATIENCE_S = 600.0
 """How long a lost connection is tried again before following ends; the job goes on without us."""
 SILENCE_S = 30.0
 """After so long without a line the connection is made anew: a dead one is as silent as a job that computes."""
-LONGEST_PAUSE_S = 10.0
+PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 
 log = logging.getLogger(__name__)
 
@@ -98,15 +98,16 @@ class Follower:
             Unknown: there is no such job.
             Unreachable: the server did not answer for `patience_s`.
         """
-        pause_s, answered = 0.5, time.monotonic()
+        pause_s, answered = PAUSE_S, time.monotonic()
         while True:
             try:
                 asyncio.run(self._tail())
                 info = find_job(self.client, self.job)
-                answered, pause_s = time.monotonic(), 0.5
+                answered, pause_s = time.monotonic(), PAUSE_S
                 if info.status.is_terminal():
                     self._show_from(0, self.client.get_job_logs(self.job))
                     return info
+                time.sleep(PAUSE_S)
             except Unknown:
                 raise
             except Exception as error:  # requests, aiohttp and Ray raise what they like when a server goes away

@@ -82,6 +82,20 @@ class VectorSettings(Settings):
     """Name of a prompt that the model folder defines; by default its default, or none."""
 
 
+def as_range(value: Any) -> Any:
+    """4 and "4" are (4, 4), "2:16" is (2, 16); a list of two comes out of a record."""
+    if value is None:
+        return None
+    parts = value if isinstance(value, list | tuple) else str(value).split(":")
+    try:
+        numbers = [int(str(part)) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or not 1 <= numbers[0] <= numbers[-1]:
+        raise ValueError("write a number of actors, or the fewest and the most as in 2:16")
+    return numbers[0], numbers[-1]
+
+
 class ComputeSettings(Settings):
     """Where the work is done, and in what portions."""
 
@@ -89,8 +103,9 @@ class ComputeSettings(Settings):
     """Ray cluster to use ("auto" for the one this machine belongs to); by default a local one is started."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the encoder runs."""
-    actors: int | None = Field(default=None, gt=0)
-    """Processes that hold the encoder; by default one for each GPU, or one for the machine on CPUs."""
+    actors: Annotated[tuple[int, int] | None, BeforeValidator(as_range)] = None
+    """Processes that hold the encoder: a number, or "2:16" for a pool that grows and shrinks between the two; by
+    default one for each GPU or every 8 CPUs, on a cluster as many as it has and as its autoscaler may bring."""
     tokens_per_batch: int | None = Field(default=None, gt=0)
     """Token budget of one forward pass (a longer sequence goes alone); by default what suits the device."""
     block_chars: int | None = Field(default=None, gt=0)

@@ -8,13 +8,15 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.metrics import RayMeter, is_collected
-from cluster.session import SPARE_CPUS, local_cpus, physical_cores, session
+from cluster.resources import CPUS_PER_SLOT, find_machines, plan_pool, threads_here
+from cluster.session import SPARE_CPUS, cluster_address, local_cpus, physical_cores, session
 from jobs.configuration import EmbedConfiguration
 from jobs.plan import (
     Corpus,
@@ -46,8 +48,6 @@ from pipeline.workers import Job, Workers
 
 log = logging.getLogger(__name__)
 
-CORES_PER_ACTOR = 8
-"""On CPUs, one encoder process for so many cores: more threads than that do not make one batch faster."""
 BLOCK_CHARS = {"cpu": 400_000, "cuda": 8_000_000}
 """Characters in one unit of work: some seconds of an encoder's time, and enough documents to fill its batches."""
 MOST_DEAD_KEPT = 1000
@@ -111,6 +111,7 @@ def run_embed(
             version=table.version,
             published=table.published_version(),
             tokens=applied.tokens,
+            wasted_tokens=applied.wasted_tokens,
             encoder_s=round(applied.encoder_s, 3),
             chars=applied.chars,
             lengths=shown_lengths(applied.lengths),
@@ -169,7 +170,7 @@ class Session:
 
     def start(self) -> None:
         if not self.started:
-            cpus = local_cpus(self.compute.actors or 1)
+            cpus = local_cpus(self.compute.actors[1] if self.compute.actors else 1)
             self.resources.enter_context(session(self.compute.address, num_cpus=cpus))
             self.started = True
 
@@ -297,6 +298,7 @@ def make_report(corpus: Corpus, table: EmbeddingTable, applied: Applied, status:
         left=applied.left,
         reused=applied.reused,
         published=table.published_version(),
+        wasted_tokens=applied.wasted_tokens,
     )
 
 
@@ -348,7 +350,7 @@ def best_dtype(device: str) -> str:
 
 def dtype_of_workers(address: str | None, device: str) -> str:
     """`best_dtype` where the work is done: here, or on a machine of the cluster."""
-    if address is None:
+    if cluster_address(address) is None:
         return best_dtype(device)
     import ray
 
@@ -360,27 +362,47 @@ def plan_workers(configuration: EmbedConfiguration, device: str) -> Workers:
     """How many actors there are, and how many threads each has.
 
     Raises:
-        InputError: more actors than the session has processors for.
+        InputError: more actors than the session has processors for, or a cluster may ever have.
     """
     import ray
 
     compute, resources = configuration.compute, ray.cluster_resources()
-    if device == "cuda":
-        most = int(resources["GPU"])
-        actors = compute.actors or most
-        unit = "GPUs"
-    else:
-        most = max(1, int(resources.get("CPU", 1)) - SPARE_CPUS)
-        cores = physical_cores() if compute.address is None else int(resources.get("CPU", 1))
-        actors = compute.actors or min(most, max(1, cores // CORES_PER_ACTOR))
-        unit = f"CPUs, {SPARE_CPUS} of them kept free"
-    if actors > most:
-        raise InputError(f"compute.actors is {actors}, this session has room for {most} ({unit})")
-    return Workers(
-        actors=actors,
+    workers = Workers(
+        actors=1,
         device=device,
-        threads=max(1, physical_cores() // actors),
+        threads=1,
         tokens_per_batch=compute.tokens_per_batch,
         block_chars=compute.block_chars or BLOCK_CHARS[device],
+    )
+    if cluster_address(compute.address) is not None:
+        try:
+            pool = plan_pool(find_machines(), gpu=device == "cuda", asked=compute.actors)
+        except ValueError as error:
+            raise InputError(f"compute.actors: {error}") from None
+        return replace(
+            workers,
+            actors=pool.most,
+            least=pool.least,
+            first=pool.first,
+            cpus=pool.cpus,
+            threads=partial(threads_here, pool.slot),
+            share=0.5 if pool.slot == 1 else 1.0,  # machines of one CPU have readers beside their actor too
+        )
+    if device == "cuda":
+        most = int(resources["GPU"])
+        usual, unit = most, "GPUs"
+    else:
+        most = max(1, int(resources.get("CPU", 1)) - SPARE_CPUS)
+        usual = min(most, max(1, physical_cores() // CPUS_PER_SLOT))
+        unit = f"CPUs, {SPARE_CPUS} of them kept free"
+    least, actors = compute.actors or (usual, usual)
+    if actors > most:
+        raise InputError(f"compute.actors is {actors}, this session has room for {most} ({unit})")
+    return replace(
+        workers,
+        actors=actors,
+        least=least,
+        first=actors,
+        threads=max(1, physical_cores() // actors),
         share=min(1.0, resources.get("CPU", 1) / (actors + SPARE_CPUS)),
     )

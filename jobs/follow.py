@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from cluster.submission import PATIENCE_S, Follower, Unknown, Unreachable, connect, find_job
-from jobs.report import BAD_ENDS, clock
+from jobs.report import clock
 from model.errors import InputError
 
 MARK = "::nightloom-report "
@@ -144,7 +144,7 @@ def follow(client: Any, job: str, *, as_json: bool = False, patience_s: float = 
         ) from None
     finally:
         display.close()
-    if display.report is not None and (not info.driver_exit_code or display.report["status"] in BAD_ENDS):
+    if display.report is not None:  # whose status says what the exit status is
         return Followed(**display.report, as_json=as_json)
     if info.status == "STOPPED":
         raise Ended(f"{job} was stopped", 130)

@@ -47,6 +47,8 @@ class EmbedReport:
     """Vectors of unchanged chunks of changed documents: written, and not encoded."""
     published: int | None = None
     """The version that readers see."""
+    wasted_tokens: int = 0
+    """Tokens that were encoded for nothing: with workers and machines that were lost, or when a limit ended the run."""
 
     def __post_init__(self) -> None:
         accounted = self.embedded + self.unchanged + self.empty + self.duplicate + self.dead + self.left
@@ -71,6 +73,9 @@ class EmbedReport:
             lines.append(
                 line("tokens", f"{self.tokens:,} at {self.tokens_per_s:,.0f} a second, {self.padding:.1%} padding")
             )
+        if self.wasted_tokens:
+            share = self.wasted_tokens / (self.tokens + self.wasted_tokens)
+            lines.append(line("wasted", f"{self.wasted_tokens:,} tokens, {share:.1%}: lost with workers, or cut off"))
         if self.truncated_tokens:
             lines.append(
                 line("truncated", f"{self.truncated_tokens:,} tokens were cut off; see chunking.long_documents")

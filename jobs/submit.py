@@ -60,7 +60,7 @@ class Command:
     """As the job runs it."""
     name: str
     place: str = ""
-    """Where it writes, if it says so."""
+    """Where it writes, if it says so; a night has many such places."""
     files: dict[str, bytes] = field(default_factory=dict)
     """Its configuration, by its name in the archive."""
     as_json: bool = False
@@ -161,12 +161,13 @@ def read_command(words: Sequence[str], files: Sequence[Path]) -> Command:
         key, _, text = item.partition("=")
         place(tree, key.strip(), parse_value(text.strip()))
     named = {**tree, **{key: value for key, value in vars(options).items() if isinstance(value, str)}}
-    groups = [named, *(tree.get("tables") or {}).values()]  # of a nightly configuration
-    for name in (*READ, *PLACES, "destination"):
-        for group in groups:
-            if isinstance(value := group.get(name), str):
+    tables = named.pop("tables", {})
+    for settings in (named, *(tables.values() if isinstance(tables, dict) else ())):
+        for name in (*READ, *PLACES, "destination"):
+            if isinstance(value := settings.get(name), str):
                 check_path(name, value, command, files)
-    command.place = next((str(group[name]) for group in groups for name in PLACES if group.get(name)), "")
+        command.place += next((f" {settings[name]}" for name in PLACES if settings.get(name)), "")
+    command.place = command.place.strip()
     return command
 
 

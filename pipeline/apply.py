@@ -72,6 +72,8 @@ class Applied:
     timeline: Timeline = field(default_factory=Timeline)
     actors: int = 1
     """How many there were."""
+    wasted_tokens: int = 0
+    """Tokens that were encoded for nothing: with workers and machines that were lost, or when a limit ended the run."""
 
 
 class Refused(Exception):
@@ -104,13 +106,16 @@ def apply(
     Raises:
         InputError: another run writes to the table, or a worker found the model or a source unusable.
     """
+    import ray
+
     journal = Journal(table, keys, plan, job.run, letters, probes, off, job.meter(table.uri))
     journal.meter.set(actors=job.workers.actors)
     journal.applied.actors = job.workers.actors
     waiting_since: float | None = None
     tokens = 0
+    watch = start_watch(job.workers.actors)
     try:
-        for row in with_pauses(written_fragments(job, plan), PAUSE_S):
+        for row in with_pauses(written_fragments(job, plan, watch), PAUSE_S):
             if row is not None:
                 journal.add(row)
                 tokens += row["tokens"]
@@ -127,6 +132,8 @@ def apply(
     finally:
         journal.commit()
     applied = journal.applied
+    applied.wasted_tokens = ray.get(watch.wasted.remote())
+    journal.meter.add(wasted_tokens=applied.wasted_tokens)
     applied.missing = int((~journal.done).sum())
     if applied.stopped or applied.refused:
         applied.left = max(applied.missing - len(applied.dead), 0)
@@ -180,14 +187,13 @@ def with_pauses(rows: Generator[dict[str, Any]], pause_s: float) -> Iterator[dic
         left.set()
 
 
-def written_fragments(job: Job, plan: Plan) -> Generator[dict[str, Any]]:
+def written_fragments(job: Job, plan: Plan, watch: Any) -> Generator[dict[str, Any]]:
     """The distributed part: yields a row for every fragment as soon as it is written, in any order."""
     import ray
 
     if job.former:
         job = replace(job, former=job.former.shared())
     workers = job.workers
-    watch = start_watch(workers.actors)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -210,9 +216,13 @@ def written_fragments(job: Job, plan: Plan) -> Generator[dict[str, Any]]:
                 EmbedAndWrite,
                 batch_size=None,
                 batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=workers.actors),
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=workers.least or workers.actors,
+                    max_size=workers.actors,
+                    initial_size=workers.first or workers.actors,
+                ),
                 fn_constructor_kwargs={"job": job, "watch": watch},
-                num_cpus=workers.share,
+                num_cpus=workers.cpus * workers.share,
                 **gpus,
             )
         )
@@ -262,7 +272,6 @@ class Journal:
             return
         if self.done[at].all():
             log.info("a fragment came twice and is left out: %s", row["fragment"])
-            self.meter.add(wasted_tokens=row["tokens"])
             return
         if self.done[at].any():
             raise RuntimeError("a worker returned documents for the second time; run again to embed what is missing")

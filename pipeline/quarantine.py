@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 MOST_DEATHS_ALONE = 2
 """Workers that one document may kill."""
@@ -37,6 +38,10 @@ class Watch:
         self.died_together: dict[bytes, int] = {}
         self.careful: set[bytes] = set()
         self.died_alone: dict[bytes, int] = {}
+        self.tokens: dict[bytes, int] = {}
+        """What each table that was begun holds."""
+        self.wasted_tokens = 0
+        """Of tables that were begun again, whether their worker died or their result was lost with its machine."""
 
     def start(self) -> None:
         """A worker begins to load the model.
@@ -50,13 +55,15 @@ class Watch:
                 f"{self.starts - 1} workers died one after the other while they loaded the model: is memory too small?"
             )
 
-    def begin(self, table: bytes) -> bool:
-        """A worker takes a table; returns whether to go through it document by document.
+    def begin(self, table: bytes, tokens: int = 0) -> bool:
+        """A worker takes a table of so many tokens; returns whether to go through it document by document.
 
         Raises:
             RuntimeError: it killed too many workers, and none of its documents does so alone.
         """
         self.starts = 0
+        self.wasted_tokens += self.tokens.get(table, 0)
+        self.tokens[table] = tokens
         if table in self.begun:
             self.careful.add(table)
             document = self.begun[table]
@@ -88,6 +95,13 @@ class Watch:
         """A worker is done with a table."""
         self.begun.pop(table, None)
 
+    def wasted(self) -> int:
+        """Tokens that were encoded for nothing, at most: how far a worker had come when it died is not known.
+
+        Tables that were begun and not ended count: asked when a run is over, it will not come to them again.
+        """
+        return self.wasted_tokens + sum(self.tokens[table] for table in self.begun)
+
 
 def start_watch(workers: int) -> Any:
     """A `Watch` that lives on this machine for as long as the driver holds what this returns. Needs a Ray session."""
@@ -96,6 +110,11 @@ def start_watch(workers: int) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Watch).options(num_cpus=0, scheduling_strategy=here).remote(workers)
+
+
+def num_tokens(table: pa.Table) -> int:
+    """Tokens of a token table; 0 for documents that have none yet."""
+    return pc.sum(pc.list_value_length(table["tokens"])).as_py() or 0 if "tokens" in table.column_names else 0
 
 
 class Guard:
@@ -129,7 +148,7 @@ class Guard:
             table: with the columns `document_id` and `text_hash`.
         """
         name = self._name(table)
-        if not self._call("begin", name):
+        if not self._call("begin", name, num_tokens(table)):
             return [work(table)]
         results = []
         for row in range(len(table)):

@@ -6,6 +6,7 @@ one that kills its worker goes into quarantine.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -39,16 +40,22 @@ class Workers:
     """How the work is spread."""
 
     actors: int
-    """Processes that hold the encoder."""
+    """Processes that hold the encoder, at most."""
     device: str
     """cpu or cuda; an actor takes one GPU."""
-    threads: int
-    """Threads of one actor on CPUs."""
+    threads: int | Callable[[], int]
+    """Threads of one actor on CPUs, or what finds that out on the actor's machine."""
     tokens_per_batch: int | None
     """Token budget of a forward pass; None leaves it to the device."""
     block_chars: int
     share: float = 1.0
-    """How much of a logical CPU an actor takes: less than 1 where there are too few for actors and readers."""
+    """How much of the CPUs below an actor takes: less than 1 where there are too few for actors and readers."""
+    cpus: int = 1
+    """Logical CPUs of one actor."""
+    least: int | None = None
+    """Actors that are kept while there is little to do; None: all."""
+    first: int | None = None
+    """Actors to begin with; None: all."""
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +77,7 @@ def encoder_of(job: "Job") -> Any:
 
     workers = job.workers
     if workers.device == "cpu":
-        torch.set_num_threads(workers.threads)
+        torch.set_num_threads(workers.threads() if callable(workers.threads) else workers.threads)
     return EmbedStage(
         **job.embedding, chunking=job.chunking, device=workers.device, tokens_per_batch=workers.tokens_per_batch
     )
@@ -121,11 +128,38 @@ def without_text(documents: pa.Table) -> pa.Table:
     return documents
 
 
+class Departure:
+    """What a worker knows of the end of its machine. Ray sends nothing new to one that is being drained; what waits
+    there already is run if there is time, and otherwise handed back by leaving: Ray gives it to another worker.
+    """
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        """The longest time that a unit of work took here."""
+
+    def time_left_s(self) -> float:
+        """Until this machine is taken away."""
+        import ray
+
+        me = ray.get_runtime_context().get_node_id()
+        deadline_ms = ray._private.state.state.get_draining_nodes().get(me, 0)
+        return deadline_ms / 1000 - time.time() if deadline_ms else math.inf
+
+    def leave_if_late(self) -> None:
+        """End this process before a unit of work that could not be finished here."""
+        if self.time_left_s() < self.longest_s * 1.5:
+            os._exit(1)
+
+    def took(self, seconds: float) -> None:
+        self.longest_s = max(self.longest_s, seconds)
+
+
 class EmbedAndWrite:
     """Ray Data actor: token table -> one row that says which fragment holds its vectors, and what it cost."""
 
     def __init__(self, job: Job, watch: Any) -> None:
         self.job, self.guard = job, Guard(watch, "embed")
+        self.departure = Departure() if watch is not None else None
         self.guard.start()
         self.stage = job.encoder(job)
         self.meter = job.meter(job.uri)
@@ -135,7 +169,9 @@ class EmbedAndWrite:
             self.probes = to_bytes(pa.concat_tables([part.rows for part in parts]))
 
     def __call__(self, tokens: pa.Table) -> pa.Table:
-        begun = time.monotonic()
+        if self.departure:
+            self.departure.leave_if_late()
+        began = time.monotonic()
         given_up: list[pa.Table] = []
 
         def embed(table: pa.Table) -> list[Any]:
@@ -176,8 +212,11 @@ class EmbedAndWrite:
             "lengths": add_lengths(s.lengths for s in statistics),
         }
         self.guard.end(tokens)
+        seconds = time.monotonic() - began
+        if self.departure:
+            self.departure.took(seconds)
         self.meter.add(encoded_tokens=written["tokens"], encoder_seconds=written["encoder_s"])
-        self.meter.observe(block_seconds=time.monotonic() - begun)
+        self.meter.observe(block_seconds=seconds)
         return pa.table({name: [value] for name, value in written.items()})
 
 

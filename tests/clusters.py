@@ -1,18 +1,21 @@
-"""A Ray cluster of several raylets on this machine, in a process of its own, with a job server.
+"""Ray clusters of several raylets on this machine, with a job server: of a fixed size, or sized by an autoscaler.
 
-In a process of its own, so that the Ray that other tests share goes on, and so that ending it ends its raylets and
-nobody else's. `python tests/clusters.py` is that process: it takes orders as JSON lines and answers each with one.
+In processes of their own, so that the Ray that other tests share goes on, and so that ending them ends their raylets
+and nobody else's. `python tests/clusters.py` holds a fixed one: it takes orders as JSON lines, answers each with one.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,14 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
+def clean_environment(folder: Path, **environment: str) -> dict[str, str]:
+    """Of a cluster whose files lie in `folder`; the programs of this Python come first."""
+    plain = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_ID")}
+    own = {"RAY_TMPDIR": str(folder), "TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return plain | own | {"PATH": path} | environment
+
+
 class Machines:
     """A head with a job server, and raylets that come and go.
 
@@ -37,16 +48,13 @@ class Machines:
     def __init__(self, head: dict[str, Any], *workers: dict[str, Any], **environment: str) -> None:
         # Sockets lie below it, and the path of a socket has at most 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="nl", dir="/tmp"))
-        plain = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_ID")}
-        own = {"RAY_TMPDIR": str(self.folder), "TMPDIR": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0"}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=self.folder,  # not the checkout: what jobs import, they were sent
-            env=plain | own | {"PATH": path} | environment,
+            env=clean_environment(self.folder, **environment),
             start_new_session=True,
         )
         answer = self.order(order="start", head=head)
@@ -77,6 +85,110 @@ class Machines:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+"""What Ray's provider of pretended machines calls the head."""
+
+
+class Elastic:
+    """A head without CPUs, and Ray's own autoscaler, which starts and ends raylets as jobs ask for them.
+
+    As `ray.cluster_utils.AutoscalingCluster`, but for its start and end, which call `ray stop --force` on everybody.
+
+    Args:
+        worker: resources of the machines that may come.
+        most: how many of them.
+    """
+
+    def __init__(self, worker: dict[str, int], most: int, *, idle_s: float = 6) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="nl", dir="/tmp"))
+        nothing = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+        config = {
+            "cluster_name": "elastic",
+            "max_workers": most,
+            "idle_timeout_minutes": idle_s / 60,
+            "upscaling_speed": 10.0,
+            "provider": {
+                "type": "external",
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                "launch_multiple": True,
+                "head_node_id": HEAD_ID,
+            },
+            "auth": {},
+            "docker": {},
+            "head_node_type": "head",
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "file_mounts_sync_continuously": False,
+            "rsync_exclude": [],
+            "rsync_filter": [],
+            "available_node_types": {
+                "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": most},
+            },
+            **{f"{name}_commands": [] for name in nothing},
+        }
+        (self.folder / "config.json").write_text(json.dumps(config))
+        port, dashboard = free_port(), free_port()
+        options = {
+            "--port": port,
+            "--dashboard-port": dashboard,
+            "--dashboard-agent-listen-port": free_port(),
+            "--ray-client-server-port": free_port(),
+            "--num-cpus": 0,
+            "--object-store-memory": 300_000_000,
+            "--temp-dir": self.folder,
+            "--autoscaling-config": self.folder / "config.json",
+        }
+        environment = {
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        }
+        with (self.folder / "start.log").open("w") as log:
+            self.process = subprocess.Popen(
+                ["ray", "start", "--head", "--block", *(f"{name}={value}" for name, value in options.items())],
+                cwd=self.folder,
+                env=clean_environment(self.folder, **environment),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.url = f"http://127.0.0.1:{dashboard}"
+        until = time.monotonic() + START_S
+        while not self._answers():
+            assert self.process.poll() is None, (self.folder / "start.log").read_text()
+            assert time.monotonic() < until, "the head does not answer"
+            time.sleep(0.5)
+        self.address = re.search(r"--address='([^']+)'", (self.folder / "start.log").read_text()).group(1)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/api/version", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def num_machines(self) -> int:
+        """Raylets that are alive, without the head."""
+        import ray
+
+        nodes = ray._raylet.GcsClient(address=self.address).get_all_node_info().values()
+        return sum(node.state == 0 for node in nodes) - 1
+
+    def stop(self) -> None:
+        """End every process whose command line names this cluster's folder, and no other."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for entry in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    if str(self.folder).encode() in entry.read_bytes():
+                        os.kill(int(entry.parent.name), number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=15)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from jobs.configuration import EmbedConfiguration, Settings, describe, keys, load
+from jobs.configuration import ComputeSettings, EmbedConfiguration, Settings, describe, keys, load
 from model.errors import InputError
 
 GIVEN = {"source": "corpus", "table": "table", "model": "models/m"}
@@ -131,3 +131,13 @@ def test_groups_of_any_name_keep_their_order(toml):
     ):
         with pytest.raises(InputError, match=rf"no key '{key}.*nearest is 'legs\.\*\.length'"):
             load(Way, file=toml(text), sets=[], given={})
+
+
+def test_actors_are_a_number_or_a_range():
+    def actors(value: object) -> object:
+        return ComputeSettings.model_validate({"actors": value}).actors
+
+    assert [actors(value) for value in (4, "4", "2:16", [2, 16], None)] == [(4, 4), (4, 4), (2, 16), (2, 16), None]
+    for wrong in (0, "0:4", "4:2", "a", "1:2:3", "2:"):
+        with pytest.raises(ValueError, match="the fewest and the most as in 2:16"):
+            actors(wrong)

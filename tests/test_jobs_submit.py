@@ -1,10 +1,17 @@
 """A command as a job on a real cluster of two machines, through the job server's HTTP address, from a clean folder."""
 
+import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from clusters import Machines
@@ -78,6 +85,144 @@ def test_a_job_embeds_and_its_log_report_and_status_come_back(run, tmp_path, tin
     assert [line.split()[0].rpartition("-")[2] for line in listed][1:] == ["2", "3"]
 
 
+SLOW_TEXT = "A night is long and full of documents. " * 60
+
+
+def slow_command(folder: Path, model: Path) -> list[str]:
+    """Embeds for some ten seconds or more."""
+    (folder / "many").mkdir()
+    lines = (json.dumps({"id": f"{n}", "text": f"{n} {SLOW_TEXT}"}) for n in range(800))
+    (folder / "many" / "a.jsonl").write_text("\n".join(lines))
+    words = ["embed", str(folder / "many"), str(folder / "many.lance"), "--model", str(model), "-v"]
+    return [*words, "--set", "compute.block_chars=20000", "--set", "compute.commit_every_s=0"]
+
+
+@pytest.mark.slow
+def test_a_job_is_detached_found_running_attached_and_stopped(run, tmp_path, tiny_model_folder):
+    command = slow_command(tmp_path, tiny_model_folder)
+    detached = run("submit", "--detach", "--json", "--", *command)
+    (job,) = [one["id"] for one in json.loads(detached.stdout)["jobs"]]
+    second = run("submit", "--", *command)
+    assert second.returncode == 2
+    assert f"{job} runs already" in second.stderr
+    attached = run("submit", "--attach", "--", *command)
+    assert attached.returncode == 0, attached.stderr
+    assert "800 documents embedded" in attached.stdout
+    again = run("attach", job)
+    assert again.stdout == attached.stdout
+    assert "had ended before" in run("stop", job).stdout
+
+    (tmp_path / "many" / "b.jsonl").write_text(
+        (tmp_path / "many" / "a.jsonl").read_text().replace('"id": "', '"id": "b')
+    )
+    (job,) = [one["id"] for one in json.loads(run("submit", "--detach", "--json", "--", *command).stdout)["jobs"]]
+    follower = threading.Thread(target=lambda: found.append(run("attach", job)))
+    found: list[subprocess.CompletedProcess[str]] = []
+    follower.start()
+    time.sleep(8)
+    assert "is told to stop" in run("stop", job).stdout
+    follower.join(timeout=120)
+    assert found[0].returncode == 130
+    assert found[0].stderr.splitlines()[-1] == f"nightloom: {job} was stopped"
+    ended = run("submit", "--", *command)  # nothing has to be cleared by hand
+    assert ended.returncode == 0, ended.stderr
+
+
+class Wire(threading.Thread):
+    """Passes connections on to a server; `cut` breaks all there are and takes no new ones for a while."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self.there = ("127.0.0.1", int(url.rpartition(":")[2]))
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        self.open: list[socket.socket] = []
+        self.down_until = 0.0
+        self.cuts = 0
+
+    def run(self) -> None:
+        while True:
+            here, _ = self.server.accept()
+            if time.monotonic() < self.down_until:
+                here.close()
+                continue
+            there = socket.create_connection(self.there)
+            self.open += [here, there]
+            for source, sink in ((here, there), (there, here)):
+                threading.Thread(target=self.copy, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError), source, sink:
+            while data := source.recv(65536):
+                sink.sendall(data)
+
+    def cut(self, seconds: float) -> None:
+        self.cuts += 1
+        self.down_until = time.monotonic() + seconds
+        for one in self.open:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self.open = []
+
+
+@pytest.mark.slow
+def test_a_lost_connection_is_made_again_and_nothing_is_said_twice(run, machines, tmp_path, tiny_model_folder):
+    wire = Wire(machines.url)
+    wire.start()
+    found: list[subprocess.CompletedProcess[str]] = []
+    command = slow_command(tmp_path, tiny_model_folder)
+    follower = threading.Thread(
+        target=lambda: found.append(run("submit", "--", *command, RAY_API_SERVER_ADDRESS=wire.url))
+    )
+    follower.start()
+    while not any("running" in line for line in run("jobs").stdout.splitlines()[-1:]):
+        assert follower.is_alive()
+    while follower.is_alive():
+        wire.cut(2)
+        follower.join(timeout=6)
+    assert found[0].returncode == 0, found[0].stderr
+    assert "800 documents embedded" in found[0].stdout
+    versions = re.findall(r"version (\d+): ", found[0].stderr)
+    assert len(versions) > 2
+    assert len(versions) == len(set(versions)), found[0].stderr
+    assert "was lost" in found[0].stderr
+    assert wire.cuts > 1
+
+
+@pytest.mark.slow
+def test_a_training_is_a_job_too(run, text_shards, tmp_path):
+    from test_jobs_pretrain import write_config
+
+    config = write_config(text_shards, tmp_path)
+    done = run("submit", "--", "pretrain", config.name, "--set", "keep.checkpoint_every=20", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert (report["job"], report["status"], report["steps"]) == ("pretrain", "done", 60)
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    again = run("submit", "--", "pretrain", config.name)
+    assert again.stdout.startswith("Nothing to train"), again.stderr
+
+
+@pytest.mark.slow
+def test_a_cluster_with_a_token_lets_in_who_has_it(run, tmp_path):
+    token = "a" * 32
+    (tmp_path / "token").write_text(token)
+    guarded = Machines({"num_cpus": 1}, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+    try:
+        words = ("submit", "--", "runs", str(tmp_path / "nothing.lance"))
+        closed = {"RAY_API_SERVER_ADDRESS": guarded.url, "HOME": str(tmp_path)}
+        refused = run(*words, **closed)
+        assert refused.returncode == 2
+        assert "wants a token" in refused.stderr, refused.stderr
+        opened = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+        let_in = run(*words, **closed, **opened)
+        assert "there is no table" in let_in.stderr, let_in.stderr
+        assert token not in let_in.stderr + let_in.stdout + refused.stderr
+    finally:
+        guarded.stop()
+
+
 def test_words_are_read_by_the_parser_that_the_job_will_use(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refuse([], "needs a command")
@@ -99,6 +244,12 @@ def test_words_are_read_by_the_parser_that_the_job_will_use(tmp_path, monkeypatc
     refuse(["nightly", "nightly.toml"], "table '../t.lance' is a path on this machine")
     (tmp_path / "train.toml").write_text('tokens = "shards"\noutput = "s3://a/run"\n')
     refuse(["pretrain", "train.toml"], "tokens 'shards' is a path on this machine")
+    (tmp_path / "train.toml").write_text(
+        '[tables.a]\nsource = "s3://a/b"\ntable = "s3://a/t"\n[tables.b]\ntable = "/t"\n'
+    )
+    assert read_command(["pretrain", "train.toml"], FILES).place == "s3://a/t /t"
+    (tmp_path / "train.toml").write_text('[tables.a]\nsource = "s3://a/b"\ntable = "here.lance"\n')
+    refuse(["pretrain", "train.toml"], "table 'here.lance' is a path on this machine")
 
 
 def test_what_is_in_the_checkout_goes_by_its_place_in_it(monkeypatch):

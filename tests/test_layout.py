@@ -66,6 +66,7 @@ SMALL = {
 UNTESTED_ALONE = {"model/errors.py": "an exception without a branch; every test of bad input goes through it"}
 CROSS_CUTTING = {
     *("test_layout.py", "conftest.py", "seaweed.py", "clusters.py", "pages.py", "browser.py"),
+    *("test_autoscaling.py", "test_docs_cluster.py", "test_manifests.py", "test_preemption.py"),
     *("nights.py", "faults.py", "strikes.py", "test_faults.py", "test_faults_cluster.py", "test_faults_ray_data.py"),
     *("test_drop_in.py", "test_nights.py", "test_secrets.py", "test_security.py", "test_two_runs.py"),
 }

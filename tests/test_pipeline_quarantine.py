@@ -147,3 +147,26 @@ def test_the_watch_is_an_actor():
     assert guard.run(table, len, len) == [2]
     assert guard.run(table, len, len) == [1, 1]
     guard.end(table)
+
+
+def test_tokens_of_work_that_is_begun_again_are_wasted(monkeypatch):
+    watch = Watch(1)
+    table = table_of(["a", "b"]).append_column("tokens", pa.array([[1, 2, 3], [4]]))
+    guard = Guard(Direct(watch, monkeypatch), "embed")
+    guard.run(table, lambda part: [], lambda one: [])
+    assert watch.wasted() == 4  # if nothing more comes of it
+    guard.end(table)
+    assert watch.wasted() == 0
+    # Its result was lost with its machine, and so was the second worker's in the middle of it.
+    guard.run(table, lambda part: [], lambda one: [])
+    assert watch.wasted() == 8
+    guard.run(table, lambda part: [], lambda one: [])
+    guard.end(table)
+    assert watch.wasted() == 8
+
+
+def test_documents_without_tokens_waste_none(monkeypatch):
+    watch = Watch(1)
+    guard = Guard(Direct(watch, monkeypatch), "tokenize")
+    guard.run(table_of(["a"]), lambda part: [], lambda one: [])
+    assert watch.wasted() == 0

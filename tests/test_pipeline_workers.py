@@ -1,6 +1,7 @@
 """Workers on a real Ray: documents that kill their worker, in whichever stage, are set aside, nothing beside them."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from pipeline.storage import list_sources
 from pipeline.survey import Options, Tasks, make_plan
 from pipeline.table import EmbeddingTable
 from pipeline.work import POSITION
-from pipeline.workers import EmbedAndWrite, Job, Workers, letter, without_text
+from pipeline.workers import Departure, EmbedAndWrite, Job, Workers, letter, without_text
 
 KILLS_READER, KILLS_ENCODER, LOSES_DEVICE = "kills the reader", "kills the encoder", "loses the device"
 FAILS, LOG = "fails", "log"
@@ -201,3 +202,20 @@ def test_a_quarantined_text_is_not_looked_at_again():
         {"document_id": "a", "text_hash": b"\x00" * 16, "source": "s", "stage": "tokens", "error": QUARANTINED}
     )
     assert (told["stage"], told["attempts"]) == ("quarantine", MOST_DEATHS_ALONE)
+
+
+@pytest.mark.parametrize(("longest_s", "left_s", "stays"), [(0.0, 1.0, True), (10.0, 30.0, True), (10.0, 12.0, False)])
+def test_a_worker_leaves_before_work_that_it_could_not_finish(longest_s, left_s, stays, monkeypatch):
+    left: list[int] = []
+    monkeypatch.setattr("pipeline.workers.os._exit", left.append)
+    monkeypatch.setattr(Departure, "time_left_s", lambda self: left_s)
+    departure = Departure()
+    departure.took(longest_s)
+    departure.took(longest_s / 2)
+    departure.leave_if_late()
+    assert left == ([] if stays else [1])
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_machine_that_stays_has_all_the_time():
+    assert Departure().time_left_s() == math.inf
