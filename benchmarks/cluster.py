@@ -26,7 +26,7 @@ from model.config import preset
 from pipeline.workers import Job
 
 UNIT_S = 1.0
-"""What the encoder takes for a unit of work: as real ones do on a GPU, see BLOCK_CHARS in jobs/embed.py."""
+"""What the encoder takes for a unit of work: as real ones do on a GPU, see BLOCK_CHARS in jobs/spread.py."""
 BLOCK_CHARS = 100_000
 DOCUMENTS_PER_UNIT = 25
 OBJECT_STORE = 300_000_000

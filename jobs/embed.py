@@ -8,15 +8,13 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.metrics import RayMeter, is_collected
-from cluster.resources import CPUS_PER_SLOT, find_machines, plan_pool, threads_here
-from cluster.session import SPARE_CPUS, cluster_address, local_cpus, physical_cores, session
+from cluster.session import local_cpus, session
 from jobs.configuration import EmbedConfiguration
 from jobs.plan import (
     Corpus,
@@ -32,6 +30,7 @@ from jobs.plan import (
 )
 from jobs.publish import Publication, publish, settle_letters
 from jobs.report import EmbedReport, Progress
+from jobs.spread import choose_device, dtype_of_workers, plan_workers
 from model.errors import InputError
 from pipeline import storage
 from pipeline.apply import Applied, apply
@@ -44,12 +43,10 @@ from pipeline.reuse import Former
 from pipeline.table import EmbeddingTable
 from pipeline.upkeep import clean_up, compact
 from pipeline.work import Limit
-from pipeline.workers import Job, Workers
+from pipeline.workers import Job
 
 log = logging.getLogger(__name__)
 
-BLOCK_CHARS = {"cpu": 400_000, "cuda": 8_000_000}
-"""Characters in one unit of work: some seconds of an encoder's time, and enough documents to fill its batches."""
 MOST_DEAD_KEPT = 1000
 """Dead documents that the record of a run lists, with their reasons; all of them are counted."""
 
@@ -215,7 +212,7 @@ def embed_documents(
             "truncate_dim": model.dim,
             "vector_type": table.recipe.vector_type,
         },
-        workers=plan_workers(configuration, choose_device(configuration.compute.device)),
+        workers=plan_workers(configuration.compute, choose_device(configuration.compute.device)),
         commit_every_s=configuration.compute.commit_every_s,
         probes=probes.documents,
         former=Former.of(table, corpus.plan.removals),
@@ -323,86 +320,3 @@ def limit_of(configuration: EmbedConfiguration, now: datetime | None = None) -> 
 def lasting_name(model: str) -> str:
     """A model's name as it is found again from another working directory."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
-
-
-def choose_device(asked: str) -> str:
-    """cpu or cuda for the actors of this session; "auto" takes GPUs where the session has any.
-
-    Raises:
-        InputError: GPUs are asked for and there are none.
-    """
-    import ray
-
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if asked == "cuda" and not gpus:
-        raise InputError("compute.device is cuda, and there is no GPU here; set compute.device=cpu or auto")
-    return asked if asked != "auto" else "cuda" if gpus else "cpu"
-
-
-def best_dtype(device: str) -> str:
-    """The dtype that a device multiplies fastest."""
-    import torch
-
-    from model.embedder import choose_dtype
-
-    return str(choose_dtype("auto", torch.device(device))[0]).removeprefix("torch.")
-
-
-def dtype_of_workers(address: str | None, device: str) -> str:
-    """`best_dtype` where the work is done: here, or on a machine of the cluster."""
-    if cluster_address(address) is None:
-        return best_dtype(device)
-    import ray
-
-    task = ray.remote(best_dtype).options(num_gpus=1 if device == "cuda" else 0)
-    return ray.get(task.remote(device))
-
-
-def plan_workers(configuration: EmbedConfiguration, device: str) -> Workers:
-    """How many actors there are, and how many threads each has.
-
-    Raises:
-        InputError: more actors than the session has processors for, or a cluster may ever have.
-    """
-    import ray
-
-    compute, resources = configuration.compute, ray.cluster_resources()
-    workers = Workers(
-        actors=1,
-        device=device,
-        threads=1,
-        tokens_per_batch=compute.tokens_per_batch,
-        block_chars=compute.block_chars or BLOCK_CHARS[device],
-    )
-    if cluster_address(compute.address) is not None:
-        try:
-            pool = plan_pool(find_machines(), gpu=device == "cuda", asked=compute.actors)
-        except ValueError as error:
-            raise InputError(f"compute.actors: {error}") from None
-        return replace(
-            workers,
-            actors=pool.most,
-            least=pool.least,
-            first=pool.first,
-            cpus=pool.cpus,
-            threads=partial(threads_here, pool.slot),
-            share=0.5 if pool.slot == 1 else 1.0,  # machines of one CPU have readers beside their actor too
-        )
-    if device == "cuda":
-        most = int(resources["GPU"])
-        usual, unit = most, "GPUs"
-    else:
-        most = max(1, int(resources.get("CPU", 1)) - SPARE_CPUS)
-        usual = min(most, max(1, physical_cores() // CPUS_PER_SLOT))
-        unit = f"CPUs, {SPARE_CPUS} of them kept free"
-    least, actors = compute.actors or (usual, usual)
-    if actors > most:
-        raise InputError(f"compute.actors is {actors}, this session has room for {most} ({unit})")
-    return replace(
-        workers,
-        actors=actors,
-        least=least,
-        first=actors,
-        threads=max(1, physical_cores() // actors),
-        share=min(1.0, resources.get("CPU", 1) / (actors + SPARE_CPUS)),
-    )

@@ -1,0 +1,98 @@
+"""How embedding is spread over the machines of a session: which device, which precision, how many actors, how they grow.
+
+On this machine alone, by its cores; on a cluster, by what `cluster.resources` finds there and what its autoscaler may
+bring.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from cluster.resources import CPUS_PER_SLOT, find_machines, plan_pool, threads_here
+from cluster.session import SPARE_CPUS, cluster_address, physical_cores
+from jobs.configuration import ComputeSettings
+from model.errors import InputError
+from pipeline.workers import Workers
+
+BLOCK_CHARS = {"cpu": 400_000, "cuda": 8_000_000}
+"""Characters in one unit of work: some seconds of an encoder's time, and enough documents to fill its batches."""
+
+
+def choose_device(asked: str) -> str:
+    """cpu or cuda for the actors of this session; "auto" takes GPUs where the session has any, or may get some.
+
+    Raises:
+        InputError: GPUs are asked for and there are none.
+    """
+    gpus = any(machine.gpus for machine in find_machines())
+    if asked == "cuda" and not gpus:
+        raise InputError("compute.device is cuda, and there is no GPU here; set compute.device=cpu or auto")
+    return asked if asked != "auto" else "cuda" if gpus else "cpu"
+
+
+def best_dtype(device: str) -> str:
+    """The dtype that a device multiplies fastest."""
+    import torch
+
+    from model.embedder import choose_dtype
+
+    return str(choose_dtype("auto", torch.device(device))[0]).removeprefix("torch.")
+
+
+def dtype_of_workers(address: str | None, device: str) -> str:
+    """`best_dtype` where the work is done: here, or on a machine of the cluster."""
+    if cluster_address(address) is None:
+        return best_dtype(device)
+    import ray
+
+    task = ray.remote(best_dtype).options(num_gpus=1 if device == "cuda" else 0)
+    return ray.get(task.remote(device))
+
+
+def plan_workers(compute: ComputeSettings, device: str) -> Workers:
+    """How many actors there are, and how many threads each has.
+
+    Raises:
+        InputError: more actors than the session has processors for, or a cluster may ever have.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    workers = Workers(
+        actors=1,
+        device=device,
+        threads=1,
+        tokens_per_batch=compute.tokens_per_batch,
+        block_chars=compute.block_chars or BLOCK_CHARS[device],
+    )
+    if cluster_address(compute.address) is not None:
+        try:
+            pool = plan_pool(find_machines(), gpu=device == "cuda", asked=compute.actors)
+        except ValueError as error:
+            raise InputError(f"compute.actors: {error}") from None
+        return replace(
+            workers,
+            actors=pool.most,
+            least=pool.least,
+            first=pool.first,
+            cpus=pool.cpus,
+            threads=partial(threads_here, pool.slot),
+            share=0.5 if pool.slot == 1 else 1.0,  # machines of one CPU have readers beside their actor too
+        )
+    if device == "cuda":
+        most = int(resources["GPU"])
+        usual, unit = most, "GPUs"
+    else:
+        most = max(1, int(resources.get("CPU", 1)) - SPARE_CPUS)
+        usual = min(most, max(1, physical_cores() // CPUS_PER_SLOT))
+        unit = f"CPUs, {SPARE_CPUS} of them kept free"
+    least, actors = compute.actors or (usual, usual)
+    if actors > most:
+        raise InputError(f"compute.actors is {actors}, this session has room for {most} ({unit})")
+    return replace(
+        workers,
+        actors=actors,
+        least=least,
+        first=actors,
+        threads=max(1, physical_cores() // actors),
+        share=min(1.0, resources.get("CPU", 1) / (actors + SPARE_CPUS)),
+    )
