@@ -1,4 +1,4 @@
-"""How embedding is spread over the machines of a session: which device, which precision, how many actors, how they grow.
+"""How embedding is spread over the machines of a session: device, precision, how many actors, how they may grow.
 
 On this machine alone, by its cores; on a cluster, by what `cluster.resources` finds there and what its autoscaler may
 bring.

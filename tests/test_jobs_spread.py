@@ -18,7 +18,7 @@ def test_a_local_session_keeps_two_cpus_free(monkeypatch):
     monkeypatch.delenv("NIGHTLOOM_ADDRESS", raising=False)
     assert spread(actors=2) == (2, 2, 2, 1)
     assert spread(actors="1:2") == (1, 2, 2, 1)
-    with pytest.raises(InputError, match="compute.actors is 3, this session has room for 2"):
+    with pytest.raises(InputError, match=r"compute\.actors is 3, this session has room for 2"):
         spread(actors="1:3")
 
 
