@@ -34,6 +34,7 @@ TERM = {"matchExpressions": [{"key": TEXT, "operator": TEXT, "values": [TEXT]}]}
 POD = {
     "restartPolicy": TEXT,
     "serviceAccountName": TEXT,
+    "automountServiceAccountToken": FLAG,
     "terminationGracePeriodSeconds": NUMBER,
     "securityContext": {
         "runAsNonRoot": FLAG,
@@ -218,6 +219,7 @@ def test_clusters_grow_from_nothing_and_give_machines_time_to_go(spec):
     assert spec["autoscalerOptions"]["version"] == "v2"
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    assert spec["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"]  # the autoscaler needs it
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
     assert {"cpu-spot", "gpu-spot"} <= set(groups)
     for name, group in groups.items():
@@ -236,6 +238,19 @@ def test_clusters_grow_from_nothing_and_give_machines_time_to_go(spec):
         assert list(affinity) == [
             f"{'preferred' if 'spot' in name else 'required'}DuringSchedulingIgnoredDuringExecution"
         ]
+
+
+def test_jobs_are_what_the_operator_takes():
+    """Rules that stand in KubeRay's code and in no schema."""
+    (on_standing,), (nightly,) = (documents(FOLDER / "kubernetes" / f"ray{name}.yaml") for name in ("job", "cronjob"))
+    for spec in (on_standing["spec"], nightly["spec"]["jobTemplate"]):
+        assert ("clusterSelector" in spec) != ("rayClusterSpec" in spec)
+        if "clusterSelector" in spec:
+            assert "backoffLimit" not in spec
+        if "ttlSecondsAfterFinished" in spec:
+            assert spec["shutdownAfterJobFinishes"]
+    (standing,) = documents(FOLDER / "kubernetes" / "raycluster.yaml")
+    assert on_standing["spec"]["clusterSelector"] == {"ray.io/cluster": standing["metadata"]["name"]}
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
