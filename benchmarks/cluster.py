@@ -131,7 +131,7 @@ def measure(machines: int, units: int, model: Path, folder: Path) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--machines", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--units", type=int, default=60, help="units of work for each machine")
+    parser.add_argument("--units", type=int, default=120, help="units of work for each machine")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
