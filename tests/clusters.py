@@ -177,7 +177,7 @@ class Elastic:
         """Raylets that are alive, without the head."""
         import ray
 
-        nodes = ray._raylet.GcsClient(address=self.address).get_all_node_info().values()
+        nodes = ray._raylet.GcsClient(address=self.address).get_all_node_info(timeout=30).values()
         return sum(node.state == 0 for node in nodes) - 1
 
     def stop(self) -> None:

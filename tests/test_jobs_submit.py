@@ -97,6 +97,14 @@ def slow_command(folder: Path, model: Path) -> list[str]:
     return [*words, "--set", "compute.block_chars=20000", "--set", "compute.commit_every_s=0"]
 
 
+def wait_until_running(run) -> None:
+    """Until the newest job does."""
+    until = time.monotonic() + 240
+    while "running" not in (run("jobs", "--last", 1).stdout or ""):
+        assert time.monotonic() < until
+        time.sleep(0.5)
+
+
 @pytest.mark.slow
 def test_a_job_is_detached_found_running_attached_and_stopped(run, tmp_path, tiny_model_folder):
     command = slow_command(tmp_path, tiny_model_folder)
@@ -119,7 +127,7 @@ def test_a_job_is_detached_found_running_attached_and_stopped(run, tmp_path, tin
     follower = threading.Thread(target=lambda: found.append(run("attach", job)))
     found: list[subprocess.CompletedProcess[str]] = []
     follower.start()
-    time.sleep(8)
+    wait_until_running(run)
     assert "is told to stop" in run("stop", job).stdout
     follower.join(timeout=120)
     assert found[0].returncode == 130
@@ -176,8 +184,7 @@ def test_a_lost_connection_is_made_again_and_nothing_is_said_twice(run, machines
         target=lambda: found.append(run("submit", "--", *command, RAY_API_SERVER_ADDRESS=wire.url))
     )
     follower.start()
-    while not any("running" in line for line in run("jobs").stdout.splitlines()[-1:]):
-        assert follower.is_alive()
+    wait_until_running(run)
     while follower.is_alive():
         wire.cut(2)
         follower.join(timeout=6)
