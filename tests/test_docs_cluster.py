@@ -18,7 +18,9 @@ TEXT = (ROOT / "docs" / "cluster.md").read_text()
 
 
 def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    """What stands between fences that open with ```kind."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == kind]
 
 
 @pytest.mark.slow
