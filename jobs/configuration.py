@@ -104,7 +104,7 @@ class ComputeSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the encoder runs."""
     actors: Annotated[tuple[int, int] | None, BeforeValidator(as_range)] = None
-    """Processes that hold the encoder: a number, or "2:16" for a pool between the two; by default what machines hold."""
+    """Processes that hold the encoder: a number, or "2:16" for a pool between the two; by default what fits."""
     tokens_per_batch: int | None = Field(default=None, gt=0)
     """Token budget of one forward pass (a longer sequence goes alone); by default what suits the device."""
     block_chars: int | None = Field(default=None, gt=0)
