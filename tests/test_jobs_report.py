@@ -36,7 +36,7 @@ def test_report_is_one_json_line_with_the_agreed_keys():
     assert list(json.loads(REPORT.to_json())) == list(REPORT_KEYS)
     assert ", ".join(REPORT_KEYS) == (
         "job, status, table, version, fingerprint, read, embedded, unchanged, empty, duplicate, dead, deleted, chunks, "
-        "tokens, truncated_tokens, padding, seconds, tokens_per_s, left, reused, published"
+        "tokens, truncated_tokens, padding, seconds, tokens_per_s, left, reused, published, wasted_tokens"
     )
 
 
@@ -73,3 +73,8 @@ def test_progress_lines_where_there_is_no_terminal(capsys):
     assert len(err.splitlines()) == 1
     assert err.startswith("nightloom: 2 of 4 documents, ")
     assert " left" in err
+
+
+def test_what_was_wasted_is_said_where_anything_was():
+    assert "wasted" not in REPORT.summary()
+    assert "wasted     1,234 tokens, 9.1%" in replace(REPORT, wasted_tokens=1_234).summary()
