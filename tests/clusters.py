@@ -224,7 +224,8 @@ def serve() -> None:
         answer: dict[str, Any] = {}
         if order["order"] == "start":
             head = {"include_dashboard": True, "dashboard_port": free_port()} | order["head"]
-            cluster = Cluster(initialize_head=True, head_node_args={"dashboard_agent_listen_port": free_port(), **head})
+            head["dashboard_agent_listen_port"] = free_port()
+            cluster = again(partial(Cluster, initialize_head=True, head_node_args=head))
             info = cluster.head_node.address_info
             answer = {"url": f"http://{info['webui_url']}", "address": cluster.address}
         elif order["order"] == "add":
