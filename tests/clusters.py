@@ -17,7 +17,6 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +199,12 @@ def end_all(folder: Path, process: subprocess.Popen[Any]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def own_ports(*, dashboard: bool = False) -> dict[str, Any]:
+    """Arguments of a node: free ports, others for each attempt, because what is left of a failed one keeps its own."""
+    ports: dict[str, Any] = {"dashboard_agent_listen_port": free_port()}
+    return ports | ({"include_dashboard": True, "dashboard_port": free_port()} if dashboard else {})
+
+
 def again(start: Callable[[], Any]) -> Any:
     """What it gives, tried again where a raylet did not come up in time."""
     for attempt in range(1, ATTEMPTS + 1):
@@ -223,14 +228,11 @@ def serve() -> None:
         order = json.loads(line)
         answer: dict[str, Any] = {}
         if order["order"] == "start":
-            head = {"include_dashboard": True, "dashboard_port": free_port()} | order["head"]
-            head["dashboard_agent_listen_port"] = free_port()
-            cluster = again(partial(Cluster, initialize_head=True, head_node_args=head))
+            cluster = again(lambda given=order["head"]: Cluster(True, head_node_args=own_ports(dashboard=True) | given))
             info = cluster.head_node.address_info
             answer = {"url": f"http://{info['webui_url']}", "address": cluster.address}
         elif order["order"] == "add":
-            worker = {"dashboard_agent_listen_port": free_port()} | order["worker"]
-            node = again(partial(cluster.add_node, **worker))
+            node = again(lambda given=order["worker"]: cluster.add_node(**own_ports(), **given))
             nodes[node.node_id] = node
             answer = {"node": node.node_id}
         elif order["order"] == "kill":
