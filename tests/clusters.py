@@ -232,7 +232,7 @@ def serve() -> None:
             info = cluster.head_node.address_info
             answer = {"url": f"http://{info['webui_url']}", "address": cluster.address}
         elif order["order"] == "add":
-            node = again(lambda given=order["worker"]: cluster.add_node(**own_ports(), **given))
+            node = again(lambda given=order["worker"], held=cluster: held.add_node(**own_ports(), **given))
             nodes[node.node_id] = node
             answer = {"node": node.node_id}
         elif order["order"] == "kill":
