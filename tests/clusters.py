@@ -102,9 +102,10 @@ class Elastic:
     Args:
         worker: resources of the machines that may come.
         most: how many of them.
+        more: variables of every machine.
     """
 
-    def __init__(self, worker: dict[str, int], most: int, *, idle_s: float = 6) -> None:
+    def __init__(self, worker: dict[str, int], most: int, *, idle_s: float = 6, **more: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nl", dir="/tmp"))
         nothing = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
         config = {
@@ -144,7 +145,7 @@ class Elastic:
             "--temp-dir": self.folder,
             "--autoscaling-config": self.folder / "config.json",
         }
-        environment = {
+        environment = more | {
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
@@ -199,10 +200,14 @@ def end_all(folder: Path, process: subprocess.Popen[Any]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def own_ports(*, dashboard: bool = False) -> dict[str, Any]:
-    """Arguments of a node: free ports, others for each attempt, because what is left of a failed one keeps its own."""
-    ports: dict[str, Any] = {"dashboard_agent_listen_port": free_port()}
-    return ports | ({"include_dashboard": True, "dashboard_port": free_port()} if dashboard else {})
+def own(*, dashboard: bool = False) -> dict[str, Any]:
+    """Arguments of a node: free ports, others for each attempt, because what is left of a failed one keeps its own.
+
+    And a folder for what jobs were sent: raylets that share one unpack it again for each of them, under those that run.
+    """
+    port = free_port()
+    given: dict[str, Any] = {"dashboard_agent_listen_port": port, "runtime_env_dir_name": f"runtime_resources_{port}"}
+    return given | ({"include_dashboard": True, "dashboard_port": free_port()} if dashboard else {})
 
 
 def again(start: Callable[[], Any]) -> Any:
@@ -228,11 +233,11 @@ def serve() -> None:
         order = json.loads(line)
         answer: dict[str, Any] = {}
         if order["order"] == "start":
-            cluster = again(lambda given=order["head"]: Cluster(True, head_node_args=own_ports(dashboard=True) | given))
+            cluster = again(lambda given=order["head"]: Cluster(True, head_node_args=own(dashboard=True) | given))
             info = cluster.head_node.address_info
             answer = {"url": f"http://{info['webui_url']}", "address": cluster.address}
         elif order["order"] == "add":
-            node = again(lambda given=order["worker"], held=cluster: held.add_node(**own_ports(), **given))
+            node = again(lambda given=order["worker"], held=cluster: held.add_node(**own(), **given))
             nodes[node.node_id] = node
             answer = {"node": node.node_id}
         elif order["order"] == "kill":

@@ -1,16 +1,23 @@
-"""Ray's own autoscaler beside a job that asks for more than there is: machines come, and go when it is over."""
+"""Ray's own autoscaler beside a run that asks for more than there is: machines come, and go when it is over.
+
+As on Kubernetes, every machine has the code already: the raylets share a folder for what jobs are sent, which would be
+unpacked again under those that run.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from clusters import Elastic
 
+from cluster.checkout import list_files
 from jobs.commands import ROOT
 
 pytestmark = pytest.mark.slow
@@ -19,13 +26,22 @@ DOCUMENTS = 300
 
 
 @pytest.fixture
-def elastic() -> Iterator[Elastic]:
-    cluster = Elastic({"CPU": 3}, most=2)
+def image(tmp_path) -> Path:
+    """The packages alone, as an image has them."""
+    for file in list_files(ROOT, ["models", "*.toml"]):
+        (tmp_path / "image" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / "image" / file)
+    return tmp_path / "image"
+
+
+@pytest.fixture
+def elastic(image) -> Iterator[Elastic]:
+    cluster = Elastic({"CPU": 3}, most=2, PYTHONPATH=str(image))
     yield cluster
     cluster.stop()
 
 
-def test_a_cluster_that_starts_empty_grows_for_a_job_and_shrinks_after(elastic, tmp_path, tiny_model_folder):
+def test_a_cluster_that_starts_empty_grows_for_a_run_and_shrinks_after(elastic, image, tmp_path, tiny_model_folder):
     (tmp_path / "source").mkdir()
     with (tmp_path / "source" / "documents.jsonl").open("w") as out:
         for number in range(DOCUMENTS):
@@ -45,9 +61,9 @@ def test_a_cluster_that_starts_empty_grows_for_a_job_and_shrinks_after(elastic, 
     command = ["embed", tmp_path / "source", table, "--model", tiny_model_folder, "--json"]
     sets = ["--set", "compute.block_chars=20000", "--set", "vectors.dtype=float32"]
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "submit", "--", *map(str, command), *sets],
-        cwd=ROOT,
-        env=os.environ | {"RAY_API_SERVER_ADDRESS": elastic.url},
+        [sys.executable, "-m", "jobs.cli", *map(str, command), *sets],
+        cwd=tmp_path,
+        env=os.environ | {"NIGHTLOOM_ADDRESS": elastic.address, "PYTHONPATH": str(image)},
         capture_output=True,
         text=True,
         timeout=580,
