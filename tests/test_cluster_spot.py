@@ -106,6 +106,7 @@ def test_a_server_in_trouble_says_nothing_about_the_machine(cloud, kind, monkeyp
     assert cloud.looks > 3
 
 
+@pytest.mark.slow
 def test_the_node_is_drained_and_gets_nothing_new(cloud):
     """The sidecar as it runs on a machine, beside a real cluster of two."""
     two = Machines({"num_cpus": 1}, {"num_cpus": 1})
