@@ -151,8 +151,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
 @pytest.fixture(scope="session")
 def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token shards of 96 documents of the bundled corpus, in the tokenizer of the bundled model: text that can be
-    learned, without Ray.
+    """Token shards of 96 documents of the bundled corpus, in the tokenizer that the golden losses go with: text that can
+    be learned, without Ray.
     """
     import hashlib
     import shutil
@@ -161,11 +161,11 @@ def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from model.folder import load_tokenizer, tokenizer_hash
-    from pipeline.shards import MANIFEST, Manifest, shard_table, write_file, write_shard
+    from model.folder import load_tokenizer
+    from pipeline.shards import MANIFEST, Manifest, hash_bytes, shard_table, write_file, write_shard
 
     root = Path(__file__).resolve().parent.parent
-    model, folder = root / "models" / "nightloom-small", tmp_path_factory.mktemp("shards")
+    model, folder = root / "tests" / "golden" / "tokenizer", tmp_path_factory.mktemp("shards")
     table = pq.read_table(root / "corpus" / "documents.parquet").slice(0, 96)
     tokenizer = load_tokenizer(model)
     encoded = tokenizer.encode_batch_fast(table["text"].to_pylist(), add_special_tokens=False)
@@ -185,7 +185,7 @@ def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     special = {name: vocab[f"[{name.upper()}]"] for name in ("pad", "unk", "cls", "sep", "mask")}
     manifest = Manifest(
-        tokenizer=tokenizer_hash(model),
+        tokenizer=hash_bytes((model / "tokenizer.json").read_bytes()),
         vocab_size=max(vocab.values()) + 1,
         **{f"{name}_id": value for name, value in special.items()},
         special_ids=tuple(sorted(special.values())),
