@@ -151,7 +151,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
 @pytest.fixture(scope="session")
 def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token shards of 96 documents of the bundled corpus, in the tokenizer that the golden losses go with: text that can
+    """Token shards of 96 documents of the bundled corpus, in the tokenizer of the golden losses: text that can
     be learned, without Ray.
     """
     import hashlib
