@@ -110,7 +110,7 @@ def test_a_deadline_that_is_over_ends_the_run(tmp_path, tiny_model_folder, monke
     source, table = tmp_path / "corpus", tmp_path / "table.lance"
     source.mkdir()
     write_lines(source / "a.jsonl", 20)
-    monkeypatch.setattr(jobs.embed, "limit_of", lambda configuration: Limit(deadline=1.0))
+    monkeypatch.setattr(jobs.embed, "limit_of", lambda configuration, begun: Limit(deadline=1.0))
     report = run_embed(configured(source, table, tiny_model_folder, "compute.block_chars=300"))
     assert report.status == "partial"
     assert report.left >= 19 - report.embedded

@@ -12,7 +12,12 @@ from jobs.phases import PretrainConfiguration, count_steps, plan_phases
 from model.errors import InputError
 from pipeline.stream import StreamConfig
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "jobs" / "configs").glob("*.toml"))
+CONFIGS = [
+    file
+    for file in sorted((Path(__file__).resolve().parent.parent / "jobs" / "configs").glob("*.toml"))
+    if not file.stem.startswith("finetune-")
+]
+"""Those of `nightloom finetune` are tested in test_jobs_tuning.py."""
 GIVEN = {"tokens": "tokens", "output": "run"}
 
 
