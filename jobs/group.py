@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Waiting
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -32,7 +33,7 @@ from jobs.report import clock, line
 from jobs.state import MODEL
 from jobs.training import Diverged, Signals
 from pipeline.shards import write_file
-from pipeline.storage import filesystem
+from pipeline.storage import filesystem, is_s3
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ that may shrink must not: Ray hears of a machine's death late, asks for a place 
 again how many there are.
 """
 SETTINGS = "configuration.json"
+PLACES = ("output", "tokens", "start", "tile_from", "path")
+"""Settings that may be local paths."""
 
 Loop = Callable[[Mapping[str, Any]], dict[str, Any]]
 """What each worker runs: gets "configuration" (as a dictionary) and what `member` reads; returns what `resume` does."""
@@ -118,6 +121,21 @@ def run_group(
         heldout_loss=result["last"].get("heldout_loss"),
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings with whole local paths: Ray Train's workers have another working directory than the driver."""
+    whole: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            whole[key] = anchored(value)
+        elif (
+            key in PLACES and isinstance(value, str) and not is_s3(value) and (key == "output" or Path(value).exists())
+        ):
+            whole[key] = str(Path(value).expanduser().absolute())
+        else:  # a hub id, too
+            whole[key] = value
+    return whole
 
 
 def has_model(output: str) -> bool:
@@ -199,7 +217,7 @@ def fit(
         trainer = TorchTrainer(
             loop,
             train_loop_config={
-                "configuration": configuration.model_dump(),
+                "configuration": anchored(configuration.model_dump()),
                 "board": board,
                 "use_gpu": use_gpu,
                 **references,

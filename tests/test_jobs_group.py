@@ -8,13 +8,29 @@ import signal
 
 import pytest
 
-from jobs.group import TrainingReport, stop_wishes
+from jobs.group import TrainingReport, anchored, stop_wishes
 
 
 def test_the_report_says_what_to_do_next() -> None:
     report = TrainingReport("pretrain", "stopped", "out", 12, 34_567, 5.5, None, 3.0)
     assert "the same command goes on" in report.summary()
     assert json.loads(report.to_json())["tokens"] == 34_567
+
+
+def test_workers_find_what_the_driver_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    settings = {
+        "output": "build/run",
+        "tokens": "s3://bucket/tokens",
+        "model": {"start": "models", "tile_from": None, "preset": "models"},
+        "data": {"pairs": {"path": "answerdotai/ModernBERT-base", "share": 1.0}},
+        "phases": {"stable": {"tokens": 4096}},
+    }
+    assert anchored(settings) == settings | {
+        "output": str(tmp_path / "build" / "run"),
+        "model": {"start": str(tmp_path / "models"), "tile_from": None, "preset": "models"},
+    }
 
 
 def test_one_signal_is_a_wish_and_a_second_an_interrupt() -> None:
