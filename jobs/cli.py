@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 
 from jobs.cluster_commands import add_cluster_commands
 from jobs.commands import Parser, add_table_commands
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from jobs.submit import check_versions
 
                 check_versions(pins)
-            report = options.run(options)
+            with redirect_stdout(sys.stderr):  # the report alone is on stdout: Ray prints that a machine is lost
+                report = options.run(options)
     except KeyboardInterrupt:
         return complain("interrupted; what was committed stays, run again to go on", INTERRUPTED)
     except BrokenPipeError:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a process of its own, by exit status, stdout and stderr."""
 
+import argparse
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cli import find_input_error
+from jobs import commands
+from jobs.cli import find_input_error, main
+from jobs.commands import run_versions
 from jobs.report import REPORT_KEYS
 from model.errors import InputError
 
@@ -180,3 +183,17 @@ def test_input_errors_are_found_behind_what_ray_wraps():
     outer.__cause__ = Wrapped(Wrapped(inner))
     assert find_input_error(outer) is inner
     assert find_input_error(RuntimeError("a fault")) is None
+
+
+def test_what_a_library_prints_leaves_the_report_alone_on_stdout(made, monkeypatch, capfd):
+    """Ray prints there that a machine was lost."""
+
+    def noisy(options: argparse.Namespace) -> object:
+        print("(raylet) Raylet is terminated.")
+        return run_versions(options)
+
+    monkeypatch.setattr(commands, "run_versions", noisy)
+    assert main(["versions", str(made[0] / "table.lance"), "--json"]) == 0
+    shown = capfd.readouterr()
+    assert json.loads(shown.out)["job"] == "versions"
+    assert "Raylet" in shown.err
