@@ -109,6 +109,8 @@ class ComputeSettings(Settings):
     """Token budget of one forward pass (a longer sequence goes alone); by default what suits the device."""
     block_chars: int | None = Field(default=None, gt=0)
     """Characters of text in one unit of work (more packs better, less commits sooner); by default by device."""
+    single_chars: int = Field(default=4_000_000, ge=0)
+    """Bytes of text up to which one process does it all, without Ray, where no cluster is named; 0: always Ray."""
     commit_every_s: float = Field(default=120.0, ge=0)
     """Seconds between commits: what a crash can cost at most."""
 

@@ -1,7 +1,7 @@
 """`nightloom embed`: from a corpus to a published table.
 
-First, nightly and resumed runs are the same code: survey, apply, publish. When there is nothing to embed, neither Ray
-nor torch is started.
+First, nightly and resumed runs are the same code: survey, apply, publish. Where there is nothing to embed, neither Ray
+nor torch is started; where there is little, no Ray.
 """
 
 import logging
@@ -30,7 +30,7 @@ from jobs.plan import (
 )
 from jobs.publish import Publication, publish, settle_letters
 from jobs.report import EmbedReport, Progress
-from jobs.spread import choose_device, dtype_of_workers, plan_workers
+from jobs.spread import choose_device, dtype_of_workers, is_little, plan_single, plan_workers
 from model.errors import InputError
 from pipeline import storage
 from pipeline.apply import Applied, apply
@@ -40,10 +40,11 @@ from pipeline.ledger import RECORDS_OF_PACE, new_run, past_pace, read_records, r
 from pipeline.measures import Silent, shown_lengths
 from pipeline.probes import make_probes
 from pipeline.reuse import Former
+from pipeline.single import ProcessDied, SingleProcess
 from pipeline.table import EmbeddingTable
 from pipeline.upkeep import clean_up, compact
 from pipeline.work import Limit
-from pipeline.workers import Job
+from pipeline.workers import Job, Workers
 
 log = logging.getLogger(__name__)
 
@@ -72,31 +73,31 @@ def run_embed(
     with (
         Lease.take(configuration.table, run) as lease,
         recorded(configuration.table, run, job, configuration=settings) as entry,
-        Session(configuration) as ray_session,
+        Place(configuration) as place,
     ):
         table = own_table(configuration, model, table, lease)
-        # In this order, and in one thread: Ray starts its workers while the survey runs here, and a process that forks
-        # (Ray does, to start itself) while another of its threads imports torch can hang.
         small = is_small(files, read_columns(configuration.columns), table)
-        if table is None or not small:
-            ray_session.start()
+        if not small:
+            place.start_ray()
+        elif table is None:
+            place.start(sum(file.size for file in files))  # while the survey runs here
         letters = DeadLetters(table).keys() if table and not configuration.retry_dead else None
         corpus = survey_corpus(configuration, files, table, in_process=small, keep=True, letters=letters)
         if corpus.plan.work or table is None:
-            ray_session.start()
+            place.start(corpus.plan.chars)
         if table is None:
-            table = create_table(configuration, model, corpus)
+            table = create_table(configuration, model, corpus, place)
             table.lease = lease
         before, seen_before = table.version, table.published_version()
         entry.set(recipe=asdict(table.recipe), fingerprint=table.fingerprint)
         entry.set(version_before=before, published_before=seen_before, planned=foresee(corpus))
 
         began = time.monotonic()
-        applied = embed_documents(configuration, model, corpus, table, run, limit)
+        applied = embed_documents(configuration, model, corpus, table, run, limit, place)
         entry.set(embedding_s=round(time.monotonic() - began, 3) if applied.tokens else 0.0)
         table.commit([], corpus.plan.deleted, corpus.plan.removals, run=run)
         settle_letters(table, corpus, applied, complete=configuration.delete_missing, run=run)
-        publication = publish_or_wait(configuration, corpus, table, applied, run, ray_session)
+        publication = publish_or_wait(configuration, corpus, table, applied, run, place)
         status = publication.status
 
         report = make_report(corpus, table, applied, status, entry.seconds())
@@ -151,29 +152,64 @@ def own_table(
     return table
 
 
-class Session:
-    """Ray for as long as the block lasts, from the first `start` on: a run that finds nothing to do needs none."""
+class Place:
+    """Where the work is done, from the first `start` on until the block ends: by workers of a Ray session, or, where
+    there is little of it, by one process. A run that finds nothing to do starts neither.
+    """
 
     def __init__(self, configuration: EmbedConfiguration) -> None:
         self.compute = configuration.compute
         self.resources = ExitStack()
-        self.started = False
+        self.single: SingleProcess | None = None
+        self.on_ray = False
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> "Place":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.resources.close()
 
-    def start(self) -> None:
-        if not self.started:
+    def start(self, chars: int) -> None:
+        """Begin with what suits so many bytes of text, if nothing has begun."""
+        if self.on_ray or self.single is not None:
+            return
+        if is_little(self.compute, chars):
+            self.single = self.resources.enter_context(SingleProcess())
+            self.single.start()
+        else:
+            self.start_ray()
+
+    def start_ray(self) -> None:
+        if not self.on_ray:
             cpus = local_cpus(self.compute.actors[1] if self.compute.actors else 1)
             self.resources.enter_context(session(self.compute.address, num_cpus=cpus))
-            self.started = True
+            self.on_ray = True
+
+    def device_and_dtype(self) -> tuple[str, str]:
+        """What the encoder runs on, and the precision that is fastest there."""
+        if self.single is not None:
+            try:
+                device = self.single.device(self.compute.device)
+                return device.name, device.dtype
+            except ProcessDied:
+                self.retreat()
+        name = choose_device(self.compute.device)
+        return name, dtype_of_workers(self.compute.address, name)
+
+    def workers(self) -> Workers:
+        if self.single is not None:
+            return plan_single(self.compute, self.device_and_dtype()[0])
+        return plan_workers(self.compute, choose_device(self.compute.device))
+
+    def retreat(self) -> Workers:
+        """The single process is dead: Ray's workers, which survive what killed it."""
+        self.single = None
+        self.start_ray()
+        return self.workers()
 
     def each(self, function: Callable[..., str], calls: list[tuple[Any, ...]]) -> list[str]:
         """What a function gives for each list of arguments: on workers where there are any, else here."""
-        if not self.started:
+        if not self.on_ray:
             return [function(*call) for call in calls]
         import ray
 
@@ -181,11 +217,10 @@ class Session:
         return ray.get([task.remote(*call) for call in calls])
 
 
-def create_table(configuration: EmbedConfiguration, model: Model, corpus: Corpus) -> EmbeddingTable:
-    """The empty table of a first run. Needs a Ray session, which knows what the vectors' precision is to be."""
-    compute, vectors = configuration.compute, configuration.vectors
-    device = choose_device(compute.device)
-    dtype = vectors.dtype if vectors.dtype != "auto" else dtype_of_workers(compute.address, device)
+def create_table(configuration: EmbedConfiguration, model: Model, corpus: Corpus, place: Place) -> EmbeddingTable:
+    """The empty table of a first run. `place` has started: it knows what the vectors' precision is to be."""
+    vectors = configuration.vectors
+    dtype = vectors.dtype if vectors.dtype != "auto" else place.device_and_dtype()[1]
     recipe = make_recipe(model, dtype=dtype, vector_type=vectors.type)
     return EmbeddingTable.create(
         configuration.table, recipe, model=lasting_name(configuration.model), carried=corpus.carried
@@ -193,9 +228,15 @@ def create_table(configuration: EmbedConfiguration, model: Model, corpus: Corpus
 
 
 def embed_documents(
-    configuration: EmbedConfiguration, model: Model, corpus: Corpus, table: EmbeddingTable, run: str, limit: Limit
+    configuration: EmbedConfiguration,
+    model: Model,
+    corpus: Corpus,
+    table: EmbeddingTable,
+    run: str,
+    limit: Limit,
+    place: Place,
 ) -> Applied:
-    """Embed and commit what the plan says. Needs a Ray session if there is anything to embed."""
+    """Embed and commit what the plan says, if it says anything; `place` has started then."""
     if not corpus.plan.work:
         return Applied()
     probes = make_probes(table.uri, table.recipe, table.dataset, corpus.files, corpus.columns, run)
@@ -212,7 +253,7 @@ def embed_documents(
             "truncate_dim": model.dim,
             "vector_type": table.recipe.vector_type,
         },
-        workers=plan_workers(configuration.compute, choose_device(configuration.compute.device)),
+        workers=place.workers(),
         commit_every_s=configuration.compute.commit_every_s,
         probes=probes.documents,
         former=Former.of(table, corpus.plan.removals),
@@ -228,6 +269,8 @@ def embed_documents(
             probes=probes,
             off=configuration.gates.off,
             limit=limit,
+            single=place.single,
+            workers=place.retreat,
             advance=progress.advance,
         )
 
@@ -238,7 +281,7 @@ def publish_or_wait(
     table: EmbeddingTable,
     applied: Applied,
     run: str,
-    ray_session: Session,
+    place: Place,
 ) -> Publication:
     """Publish what there is. A first version that readers see has the whole corpus; in later ones some documents may be
     a night behind.
@@ -255,7 +298,7 @@ def publish_or_wait(
         dead=counts["dead"] + applied.missing,
         read=counts["read"],
         run=run,
-        compact=lambda: compact(table, run, each=ray_session.each),
+        compact=lambda: compact(table, run, each=place.each),
     )
     if applied.stopped and publication.status != "unpublished":
         publication.status = "partial"

@@ -1,9 +1,10 @@
 """How embedding is spread over the machines of a session: device, precision, how many actors, how they may grow.
 
 On this machine alone, by its cores; on a cluster, by what `cluster.resources` finds there and what its autoscaler may
-bring.
+bring. Little work is not spread at all.
 """
 
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -11,10 +12,28 @@ from cluster.resources import CPUS_PER_SLOT, find_machines, plan_pool, threads_h
 from cluster.session import SPARE_CPUS, cluster_address, physical_cores
 from jobs.configuration import ComputeSettings
 from model.errors import InputError
+from pipeline.single import NO_GPU
 from pipeline.workers import Workers
 
 BLOCK_CHARS = {"cpu": 400_000, "cuda": 8_000_000}
 """Characters in one unit of work: some seconds of an encoder's time, and enough documents to fill its batches."""
+
+
+def is_little(compute: ComputeSettings, chars: int) -> bool:
+    """Whether one process beside this one does it all sooner than Ray: it has not to wait for a session, and where a
+    session would have one actor, that would not be faster. What is one unit of work has one actor anywhere.
+    """
+    ray = sys.modules.get("ray")
+    if cluster_address(compute.address) is not None or (ray is not None and ray.is_initialized()):
+        return False
+    actors = compute.actors[0] if compute.actors else physical_cores() // CPUS_PER_SLOT
+    return chars <= (compute.single_chars if actors <= 1 else min(compute.single_chars, BLOCK_CHARS["cpu"]))
+
+
+def plan_single(compute: ComputeSettings, device: str) -> Workers:
+    """The same for one process that has this machine to itself."""
+    block_chars = compute.block_chars or BLOCK_CHARS[device]
+    return Workers(1, device, physical_cores(), compute.tokens_per_batch, block_chars)
 
 
 def choose_device(asked: str) -> str:
@@ -25,7 +44,7 @@ def choose_device(asked: str) -> str:
     """
     gpus = any(machine.gpus for machine in find_machines())
     if asked == "cuda" and not gpus:
-        raise InputError("compute.device is cuda, and there is no GPU here; set compute.device=cpu or auto")
+        raise InputError(NO_GPU)
     return asked if asked != "auto" else "cuda" if gpus else "cpu"
 
 

@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,10 +22,11 @@ from pipeline.keys import KEY, Keys
 from pipeline.measures import Meter, Silent, Timeline, add_lengths
 from pipeline.probes import Probes, Vectors, from_bytes, is_canary, keep_canaries
 from pipeline.quarantine import start_watch
+from pipeline.single import ProcessDied, SingleProcess
 from pipeline.survey import Plan
 from pipeline.table import EmbeddingTable
-from pipeline.work import Limit
-from pipeline.workers import EmbedAndWrite, Job, read_and_tokenize
+from pipeline.work import Limit, WorkTable
+from pipeline.workers import EmbedAndWrite, Job, Workers, read_and_tokenize
 
 log = logging.getLogger(__name__)
 
@@ -90,56 +91,68 @@ def apply(
     probes: Probes | None = None,
     off: Collection[str] = (),
     limit: Limit = Limit(),  # noqa: B008 (frozen)
+    single: SingleProcess | None = None,
+    workers: Callable[[], Workers] | None = None,
     advance: Callable[[int, int, int], None],
 ) -> Applied:
     """Embed what the plan says and commit it, at the latest `job.commit_every_s` after it arrived.
 
-    Needs a Ray session. What arrived before something failed is committed before the error goes on.
+    Needs a Ray session, unless there is a `single` process. What arrived before something failed is committed before
+    the error goes on.
 
     Args:
         letters: get an entry for every document that dies, and lose those of documents that are embedded now.
         probes: the documents of `job.probes`, and what is known of them.
         off: gates that refuse nothing.
         limit: ends the work before all is done; what has been begun by then is lost.
+        single: does the work instead of Ray, which does the rest if it dies.
+        workers: called for that rest: starts a Ray session and says how the work is spread there.
         advance: called with (documents, tokens, characters) of every fragment that arrives.
 
     Raises:
         InputError: another run writes to the table, or a worker found the model or a source unusable.
     """
-    import ray
-
     journal = Journal(table, keys, plan, job.run, letters, probes, off, job.meter(table.uri))
-    journal.meter.set(actors=job.workers.actors)
-    journal.applied.actors = job.workers.actors
-    waiting_since: float | None = None
-    tokens = 0
-    watch = start_watch(job.workers.actors)
+    left = list(plan.work)
     try:
-        for row in with_pauses(written_fragments(job, plan, watch), PAUSE_S):
-            if row is not None:
-                journal.add(row)
-                tokens += row["tokens"]
-                advance(len(row["ids"]) // KEY.itemsize, row["tokens"], row["chars"])
-                waiting_since = waiting_since or time.monotonic()
-            if waiting_since and time.monotonic() - waiting_since >= job.commit_every_s:
-                journal.commit()
-                waiting_since = None
-            if stopped := limit.reached(tokens):
-                journal.applied.stopped = stopped
-                break
+        if single is not None:
+            try:
+                journal.take(single.fragments(job, left), job.commit_every_s, limit, advance)
+                left = []
+            except ProcessDied as death:
+                if workers is None:
+                    raise
+                log.warning("%s; Ray's workers do the rest", death)
+                left, job = left[single.completed :], replace(job, workers=workers())
+        if left:
+            embed_on_ray(job, left, journal, limit, advance)
     except Refused as refusal:
         journal.applied.refused = str(refusal)
     finally:
         journal.commit()
     applied = journal.applied
-    applied.wasted_tokens = ray.get(watch.wasted.remote())
-    journal.meter.add(wasted_tokens=applied.wasted_tokens)
     applied.missing = int((~journal.done).sum())
     if applied.stopped or applied.refused:
         applied.left = max(applied.missing - len(applied.dead), 0)
         applied.missing -= applied.left
         applied.stopped = applied.stopped if applied.left else ""
     return applied
+
+
+def embed_on_ray(
+    job: Job, work: Sequence[WorkTable], journal: "Journal", limit: Limit, advance: Callable[[int, int, int], None]
+) -> None:
+    """The distributed part: what workers write goes into the journal. Needs a Ray session."""
+    import ray
+
+    journal.meter.set(actors=job.workers.actors)
+    journal.applied.actors = job.workers.actors
+    watch = start_watch(job.workers.actors)
+    try:
+        journal.take(written_fragments(job, work, watch), job.commit_every_s, limit, advance)
+    finally:
+        journal.applied.wasted_tokens = ray.get(watch.wasted.remote())
+        journal.meter.add(wasted_tokens=journal.applied.wasted_tokens)
 
 
 def with_pauses(rows: Generator[dict[str, Any]], pause_s: float) -> Iterator[dict[str, Any] | None]:
@@ -187,8 +200,8 @@ def with_pauses(rows: Generator[dict[str, Any]], pause_s: float) -> Iterator[dic
         left.set()
 
 
-def written_fragments(job: Job, plan: Plan, watch: Any) -> Generator[dict[str, Any]]:
-    """The distributed part: yields a row for every fragment as soon as it is written, in any order."""
+def written_fragments(job: Job, work: Sequence[WorkTable], watch: Any) -> Generator[dict[str, Any]]:
+    """Yields a row for every fragment as soon as a worker has written it, in any order."""
     import ray
 
     if job.former:
@@ -202,9 +215,9 @@ def written_fragments(job: Job, plan: Plan, watch: Any) -> Generator[dict[str, A
     context.target_max_block_size = max(workers.block_chars // 2, 1)
     gpus = {"num_gpus": 1} if workers.device == "cuda" else {}
     with ray.data.DataContext.current(context):
-        work = [ray.put(item.rows) if isinstance(item.rows, pa.Table) else item.rows for item in plan.work]
+        items = [ray.put(item.rows) if isinstance(item.rows, pa.Table) else item.rows for item in work]
         dataset = (
-            ray.data.from_arrow_refs(work)
+            ray.data.from_arrow_refs(items)
             .map_batches(
                 read_and_tokenize,
                 batch_size=None,
@@ -245,6 +258,8 @@ class Journal:
     applied: Applied = field(default_factory=Applied)
     arrived: int = 0
     """Documents of the plan that have come."""
+    taken_tokens: int = 0
+    """Of all fragments that have come."""
     done: np.ndarray = field(init=False)
     """bool, for each position of the plan."""
     waiting: list[dict[str, Any]] = field(default_factory=list)
@@ -253,6 +268,28 @@ class Journal:
 
     def __post_init__(self) -> None:
         self.done = np.zeros(self.plan.num_documents, dtype=bool)
+
+    def take(
+        self,
+        rows: Generator[dict[str, Any]],
+        commit_every_s: float,
+        limit: Limit,
+        advance: Callable[[int, int, int], None],
+    ) -> None:
+        """Add the fragments as they come, and commit them in time, to the last or to the limit."""
+        waiting_since: float | None = None
+        for row in with_pauses(rows, PAUSE_S):
+            if row is not None:
+                self.add(row)
+                self.taken_tokens += row["tokens"]
+                advance(len(row["ids"]) // KEY.itemsize, row["tokens"], row["chars"])
+                waiting_since = waiting_since or time.monotonic()
+            if waiting_since and time.monotonic() - waiting_since >= commit_every_s:
+                self.commit()
+                waiting_since = None
+            if stopped := limit.reached(self.taken_tokens):
+                self.applied.stopped = stopped
+                break
 
     def add(self, row: dict[str, Any]) -> None:
         """Take a fragment into the next commit, unless its documents are there already.

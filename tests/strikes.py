@@ -124,6 +124,18 @@ def encoders() -> list[int]:
     return [pid for pid in found if raylets & ancestors(pid)]
 
 
+def single_process(driver: int) -> int:
+    """The process beside a driver that embeds without Ray.
+
+    Raises:
+        NothingToHarm: it has none, or none any more.
+    """
+    for pid, line in processes():
+        if b"multiprocessing.spawn" in line and ancestors(pid) & {driver}:
+            return pid
+    raise NothingToHarm
+
+
 def processes() -> Iterator[tuple[int, bytes]]:
     for name in os.listdir("/proc"):
         if name.isdigit():

@@ -5,6 +5,7 @@ and whatever readers saw published was one night's table, whole. A quick part is
 `make test-faults`, which also says in which phase each run was struck.
 """
 
+import os
 import random
 import signal
 import time
@@ -24,12 +25,14 @@ from strikes import (
     encoders,
     kill_encoder,
     own_raylets,
+    single_process,
     wait_until,
 )
 
 from cluster.session import session
 
 MOMENTS = ("start", "records", "encoder", "fragments", "versions", "versions", "fragments", "published")
+WITHOUT_RAY = ("start", "published", "records", "fragments", "versions")
 
 
 def cases(kind: str, count: int, quick: int = 0) -> list:
@@ -60,26 +63,41 @@ def yard(tmp_path_factory, tiny_model_folder) -> Iterator[Yard]:
     server.stop()
 
 
-def draw_scene(yard: Yard, kind: str, seed: int, *, on_s3: bool) -> tuple[random.Random, Scene, Moment]:
+def draw_scene(
+    yard: Yard, kind: str, seed: int, *, on_s3: bool, moments: tuple[str, ...] = MOMENTS
+) -> tuple[random.Random, Scene, Moment]:
     """Tonight, and the moment, from the seed."""
     draw = random.Random(f"{kind} {seed}")
     scene = Scene(yard, draw.randrange(NUM_NIGHTS), on_s3=on_s3, name=f"{kind}-{seed}")
-    return draw, scene, draw_moment(draw, scene.after, MOMENTS[seed % len(MOMENTS)])
+    return draw, scene, draw_moment(draw, scene.after, moments[seed % len(moments)])
 
 
-def kill_driver(yard: Yard, kind: str, seed: int, *, on_s3: bool, own_ray: bool = False) -> None:
-    """SIGKILL to the process of `nightloom embed`."""
+def kill_driver(
+    yard: Yard,
+    kind: str,
+    seed: int,
+    *,
+    on_s3: bool,
+    own: tuple[str, ...] = (),
+    moments: tuple[str, ...] = MOMENTS,
+    its_process: bool = False,
+) -> None:
+    """SIGKILL to the process of `nightloom embed`, or to the single process in which it embeds.
+
+    Args:
+        own: settings of the run in place of the yard's Ray.
+    """
     begun = time.monotonic()
-    draw, scene, moment = draw_scene(yard, kind, seed, on_s3=on_s3)
+    draw, scene, moment = draw_scene(yard, kind, seed, on_s3=on_s3, moments=moments)
     commits = f"compute.commit_every_s={draw.choice((0, 0, 0.3))}"
-    own = ["compute.address=none"] if own_ray else []
     with scene.readers():
         driver = start(scene.command(commits, *own))
 
         def harm() -> None:
+            victim = driver.pid if not its_process else single_process(driver.pid)
             if driver.poll() is not None:
                 raise NothingToHarm
-            driver.send_signal(signal.SIGKILL)
+            os.kill(victim, signal.SIGKILL)
 
         strike = Strike(scene, moment, harm)
         strike.start()
@@ -103,7 +121,21 @@ def test_driver_is_killed_on_s3(yard, seed):
 
 @pytest.mark.parametrize("seed", cases("driver-ray", 2))
 def test_driver_is_killed_that_started_its_own_ray(yard, seed):
-    kill_driver(yard, "driver-ray", seed, on_s3=False, own_ray=True)
+    own = ("compute.address=none", "compute.single_chars=0")
+    kill_driver(yard, "driver-ray", seed, on_s3=False, own=own)
+
+
+@pytest.mark.parametrize("seed", cases("driver-single", 8, quick=1))
+def test_driver_is_killed_that_embeds_without_ray(yard, seed):
+    own = ("compute.address=none",)
+    kill_driver(yard, "driver-single", seed, on_s3=bool(seed % 2), own=own, moments=WITHOUT_RAY)
+
+
+@pytest.mark.parametrize("seed", cases("single", 8, quick=1))
+def test_single_process_is_killed(yard, seed):
+    """The same run goes on with Ray."""
+    own = ("compute.address=none",)
+    kill_driver(yard, "single", seed, on_s3=False, own=own, moments=WITHOUT_RAY[2:], its_process=True)
 
 
 @pytest.mark.parametrize("seed", cases("worker", 12, quick=1))

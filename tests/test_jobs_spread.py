@@ -2,8 +2,9 @@
 
 import pytest
 
+from jobs import spread as spreading
 from jobs.configuration import ComputeSettings
-from jobs.spread import choose_device, dtype_of_workers, plan_workers
+from jobs.spread import BLOCK_CHARS, choose_device, dtype_of_workers, is_little, plan_single, plan_workers
 from model.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("ray_session")  # of four logical CPUs
@@ -39,3 +40,28 @@ def test_device_and_precision_are_those_of_the_machines(monkeypatch):
     with pytest.raises(InputError, match="there is no GPU here"):
         choose_device("cuda")
     assert dtype_of_workers(None, "cpu") in ("float32", "bfloat16")
+
+
+def test_little_work_is_one_process_and_needs_no_ray(monkeypatch):
+    monkeypatch.delenv("NIGHTLOOM_ADDRESS", raising=False)
+    monkeypatch.setattr(spreading, "physical_cores", lambda: 4)
+    limit = ComputeSettings().single_chars
+    assert not is_little(ComputeSettings(), 1)  # a session is there: nothing has to be waited for
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    assert is_little(ComputeSettings(), limit)
+    assert not is_little(ComputeSettings(), limit + 1)
+    assert not is_little(ComputeSettings(address="auto"), 1)
+    assert not is_little(ComputeSettings(single_chars=0), 1)
+    workers = plan_single(ComputeSettings(), "cpu")
+    assert (workers.actors, workers.threads, workers.block_chars) == (1, 4, BLOCK_CHARS["cpu"])
+
+
+def test_what_several_actors_would_share_is_not_little(monkeypatch):
+    """But for one unit of work, which one actor gets in any case."""
+    monkeypatch.delenv("NIGHTLOOM_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(spreading, "physical_cores", lambda: 32)
+    for settings in (ComputeSettings(), ComputeSettings.model_validate({"actors": 2})):
+        assert is_little(settings, BLOCK_CHARS["cpu"])
+        assert not is_little(settings, BLOCK_CHARS["cpu"] + 1)
+    assert is_little(ComputeSettings.model_validate({"actors": 1}), BLOCK_CHARS["cpu"] + 1)

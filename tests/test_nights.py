@@ -92,10 +92,10 @@ def encoder_of(job: workers.Job) -> Any:
     return encoder(model, repr(options))
 
 
-def in_process(job: workers.Job, plan: Any, watch: Any = None) -> Iterator[dict[str, Any]]:
+def in_process(job: workers.Job, work: Any, watch: Any = None) -> Iterator[dict[str, Any]]:
     """`written_fragments` without Ray: the same functions on the same tables, one after the other."""
     embed_and_write = workers.EmbedAndWrite(replace(job, encoder=encoder_of), watch=None)
-    for item in plan.work:
+    for item in work:
         for tokens in workers.read_and_tokenize(item.rows, job=job, watch=None):
             yield from embed_and_write(tokens).to_pylist()
 
@@ -264,8 +264,8 @@ class Nights(RuleBasedStateMachine):
         wanted, counts = self.expected(delete=delete)
         refused = []
 
-        def meanwhile(job: workers.Job, plan: Any, watch: Any) -> Iterator[dict[str, Any]]:
-            for row in in_process(job, plan):
+        def meanwhile(job: workers.Job, work: Any, watch: Any) -> Iterator[dict[str, Any]]:
+            for row in in_process(job, work):
                 if not refused:
                     before = lance.dataset(str(self.table)).version
                     with pytest.raises(InputError, match="another run is writing"):
@@ -340,8 +340,8 @@ def cut(patch: pytest.MonkeyPatch, moment: str, at: int) -> None:
             raise PowerCut
         passed += 1
 
-    def fragments(job: workers.Job, plan: Any, watch: Any) -> Iterator[dict[str, Any]]:
-        for row in in_process(job, plan):
+    def fragments(job: workers.Job, work: Any, watch: Any) -> Iterator[dict[str, Any]]:
+        for row in in_process(job, work):
             due()
             yield row
 

@@ -22,7 +22,7 @@ from pipeline.dead import DeadLetters, list_letters
 from pipeline.probes import document_table, from_bytes
 from pipeline.quarantine import MOST_DEATHS_ALONE, QUARANTINED
 from pipeline.storage import list_sources
-from pipeline.survey import Options, Tasks, make_plan
+from pipeline.survey import Options, Plan, Tasks, make_plan
 from pipeline.table import EmbeddingTable
 from pipeline.work import POSITION
 from pipeline.workers import Departure, EmbedAndWrite, Job, Workers, letter, without_text
@@ -120,18 +120,23 @@ def job_of(uri: str, log: Path, block_chars: int) -> Job:
     )
 
 
-def embed(folder: Path, texts: list[str], block_chars: int = 10_000) -> tuple[dict[str, float], dict, list[str], int]:
-    """({id: length in its vector}, {id: letter}, what killed, documents missing) of a corpus that was embedded."""
+def plan_of(folder: Path, texts: list[str], table: EmbeddingTable, block_chars: int) -> Plan:
+    """To embed a corpus of these texts, d00 upward; `log` is there too."""
     (folder / "corpus").mkdir()
+    (folder / "log").touch()
     lines = [json.dumps({"id": f"d{i:02}", "text": text}) for i, text in enumerate(texts)]
     (folder / "corpus" / "a.jsonl").write_text("\n".join(lines))
-    table = EmbeddingTable.create(str(folder / "table.lance"), RECIPE, model="m")
-    log = folder / "log"
-    log.touch()
     files = list_sources(str(folder / "corpus"))
-    plan = make_plan(
+    return make_plan(
         files, DocumentColumns(), table.uri, table, Options(), Tasks(), least_chars=block_chars, keep=False
     )
+
+
+def embed(folder: Path, texts: list[str], block_chars: int = 10_000) -> tuple[dict[str, float], dict, list[str], int]:
+    """({id: length in its vector}, {id: letter}, what killed, documents missing) of a corpus that was embedded."""
+    table = EmbeddingTable.create(str(folder / "table.lance"), RECIPE, model="m")
+    plan = plan_of(folder, texts, table, block_chars)
+    log = folder / "log"
     letters = DeadLetters(table)
     job = job_of(table.uri, log, block_chars)
     applied = apply(job, plan, table, plan.removals, letters=letters, advance=lambda *_: None)
