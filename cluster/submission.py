@@ -32,7 +32,9 @@ class Unknown(LookupError):
 
 
 def connect(address: str | None) -> Any:
-    """A `JobSubmissionClient`. A token of Ray's (RAY_AUTH_MODE=token) goes along where the environment has one.
+    """A `JobSubmissionClient`. A token of Ray's goes along where the environment says so (RAY_AUTH_MODE=token), and
+    where the server wants one and this user has one: Ray makes one at the first local session, and from then on every
+    `ray start` wants it.
 
     Args:
         address: of the job server, as in http://head:8265; None: $RAY_API_SERVER_ADDRESS, or a cluster of this machine.
@@ -50,7 +52,12 @@ def connect(address: str | None) -> Any:
     where = address or before or "this machine"
     os.environ[ADDRESS] = where if address else before or ""
     try:
-        return JobSubmissionClient(address)
+        try:
+            return JobSubmissionClient(address)
+        except AuthenticationError:
+            if not use_own_token():
+                raise
+            return JobSubmissionClient(address)
     except AuthenticationError:
         raise Unreachable(
             f"the job server at {where} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
@@ -62,6 +69,16 @@ def connect(address: str | None) -> Any:
         os.environ.pop(ADDRESS)
         if before is not None:
             os.environ[ADDRESS] = before
+
+
+def use_own_token() -> bool:
+    """Send the token of ~/.ray from now on, as `ray.init` does, unless the environment says what to do; whether there
+    is one.
+    """
+    from ray._private.authentication import authentication_token_setup as tokens
+
+    logging.getLogger(tokens.__name__).setLevel(logging.ERROR)
+    return tokens.AUTH_MODE_ENV_VAR not in os.environ and tokens.maybe_enable_token_auth_if_token_available(False)
 
 
 def find_job(client: Any, job: str) -> Any:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +174,8 @@ class Elastic:
         try:
             with urllib.request.urlopen(f"{self.url}/api/version", timeout=5) as answer:
                 return answer.status == 200
+        except urllib.error.HTTPError as refusal:
+            return refusal.code == 401  # it wants the token that Ray made for this user
         except OSError:
             return False
 

@@ -226,6 +226,11 @@ def test_a_cluster_with_a_token_lets_in_who_has_it(run, tmp_path):
         let_in = run(*words, **closed, **opened)
         assert "there is no table" in let_in.stderr, let_in.stderr
         assert token not in let_in.stderr + let_in.stdout + refused.stderr
+        # As Ray leaves it in the home of who has ever started it.
+        (tmp_path / "home" / ".ray").mkdir(parents=True)
+        (tmp_path / "home" / ".ray" / "auth_token").write_text(token)
+        let_in = run(*words, **closed | {"HOME": str(tmp_path / "home")})
+        assert "there is no table" in let_in.stderr, let_in.stderr
     finally:
         guarded.stop()
 
