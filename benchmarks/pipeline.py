@@ -31,7 +31,10 @@ from model.config import preset
 from pipeline import storage
 
 NIGHTLOOM, RAY, DAFT, POLARS = "nightloom", "ray template", "daft embed_text", "sentence-transformers + polars"
-PEERS = (NIGHTLOOM, RAY, DAFT, POLARS)
+ON_RAY = "nightloom on Ray"
+"""As it does more than a little work: what it does after start-up holds for large corpora."""
+OURS = (NIGHTLOOM, ON_RAY)
+PEERS = (*OURS, RAY, DAFT, POLARS)
 ONCE = (DAFT,)
 """Several times as slow as the others: one round."""
 FILES = 4
@@ -108,8 +111,9 @@ CHILDREN: dict[str, Callable[[str, str, str, str, int], None]] = {RAY: run_ray, 
 
 
 def command(peer: str, source: str, out: str, model: Path, dtype: str, batch_size: int) -> list[str]:
-    if peer == NIGHTLOOM:
+    if peer in OURS:
         words = ["-m", "jobs.cli", "embed", source, out, "--model", str(model), "--json"]
+        words += ["--set", "compute.single_chars=0"] if peer == ON_RAY else []
         return [sys.executable, *words, "--set", f"vectors.dtype={dtype}"]
     return [
         sys.executable,
@@ -146,7 +150,7 @@ def write_files(workload: Workload, where: str) -> None:
 
 def read_vectors(peer: str, out: str, workload: Workload) -> np.ndarray:
     """Unit vectors of shape (documents, dim), in the order of the workload: what a reader finds."""
-    if peer == NIGHTLOOM:
+    if peer in OURS:
         import lance
 
         from pipeline.table import PUBLISHED
@@ -189,10 +193,10 @@ def measure(workload: Workload, where: str, model: Path, arguments: argparse.Nam
         for peer, result in found.items():
             if "failed" in result or (turn and peer in ONCE):
                 continue
-            slug = peer.split()[0]
+            slug = peer.replace(" ", "-")
             try:
                 for name, seconds in (("one", result["startup_s"]), (workload.name, result["seconds"])):
-                    out = f"{where}/out-{slug}-{workload.name}-{name}-{turn}" + (".lance" if peer == NIGHTLOOM else "")
+                    out = f"{where}/out-{slug}-{workload.name}-{name}-{turn}" + (".lance" if peer in OURS else "")
                     seconds.append(round(timed(command(peer, f"{where}/{name}", out, model, dtype, best)), 3))
                 result["vectors"] = read_vectors(peer, out, workload)
                 say(f"{workload.name}: round {turn + 1}, {peer} {seconds[-1]} s, one word {result['startup_s'][-1]} s")
@@ -235,7 +239,7 @@ def ratios(peers: dict[str, Any]) -> dict[str, dict[str, float]]:
     result: dict[str, dict[str, float]] = {}
     for key in ("tokens_per_s", "tokens_per_s_after_startup"):
         ours = peers.get(NIGHTLOOM, {}).get(key)
-        others = {name: speed for name, peer in peers.items() if name != NIGHTLOOM and (speed := peer.get(key))}
+        others = {name: speed for name, peer in peers.items() if name not in OURS and (speed := peer.get(key))}
         if ours:
             result[key] = {name: round(ours / speed, 2) for name, speed in others.items()}
     return result

@@ -163,12 +163,19 @@ class Elastic:
                 start_new_session=True,
             )
         self.url = f"http://127.0.0.1:{dashboard}"
+        try:
+            self._wait()
+        except AssertionError:
+            self.stop()
+            raise
+        self.address = re.search(r"--address='([^']+)'", (self.folder / "start.log").read_text()).group(1)
+
+    def _wait(self) -> None:
         until = time.monotonic() + START_S
         while not self._answers():
             assert self.process.poll() is None, (self.folder / "start.log").read_text()
             assert time.monotonic() < until, "the head does not answer"
             time.sleep(0.5)
-        self.address = re.search(r"--address='([^']+)'", (self.folder / "start.log").read_text()).group(1)
 
     def _answers(self) -> bool:
         try:
