@@ -7,7 +7,6 @@ imported; what workers print stays in the session's log folder.
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +32,6 @@ IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 SPARE_CPUS = 2
 """Logical CPUs that Ray Data needs free beside embedding actors; with fewer it has hung."""
 ATTEMPTS = 3
-PAUSE_S = 3.0
-NOT_READY = ("timed out during startup", "[Errno 2] No such file or directory")
 
 
 def physical_cores() -> int:
@@ -93,9 +90,7 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Itera
 
 
 def start(options: dict[str, object]) -> None:
-    """`ray.init`, again where Ray was not ready: a busy machine may exceed the 30 s that Ray gives its raylet, and the
-    folder for what is sent to a cluster is made some time after its first machine answers.
-    """
+    """`ray.init`, again where it took too long: a busy machine may exceed the 30 s that Ray gives its raylet."""
     import ray
 
     for attempt in range(1, ATTEMPTS + 1):
@@ -103,10 +98,9 @@ def start(options: dict[str, object]) -> None:
             ray.init(**options)  # type: ignore[arg-type]
         except Exception as error:  # Ray raises a plain Exception here
             ray.shutdown()
-            if attempt == ATTEMPTS or not any(words in str(error) for words in NOT_READY):
+            if attempt == ATTEMPTS or "timed out during startup" not in str(error):
                 raise
             log.warning("Ray did not start in time (this machine is busy); trying again")
-            time.sleep(PAUSE_S)
         else:
             return
 

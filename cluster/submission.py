@@ -107,6 +107,8 @@ class Follower:
         self.client, self.job, self.show, self.patience_s = client, job, show, patience_s
         self.seen = 0
         """Characters of the log that were shown."""
+        self.answered = time.monotonic()
+        """When the server last said something."""
 
     def follow(self) -> Any:
         """Show the log to the end of the job; what the server knows of it then.
@@ -115,12 +117,13 @@ class Follower:
             Unknown: there is no such job.
             Unreachable: the server did not answer for `patience_s`.
         """
-        pause_s, answered = PAUSE_S, time.monotonic()
+        self.answered, pause_s = time.monotonic(), PAUSE_S
         while True:
+            begun = time.monotonic()
             try:
                 asyncio.run(self._tail())
                 info = find_job(self.client, self.job)
-                answered, pause_s = time.monotonic(), PAUSE_S
+                self.answered, pause_s = time.monotonic(), PAUSE_S
                 if info.status.is_terminal():
                     self._show_from(0, self.client.get_job_logs(self.job))
                     return info
@@ -128,12 +131,14 @@ class Follower:
             except Unknown:
                 raise
             except Exception as error:  # requests, aiohttp and Ray raise what they like when a server goes away
-                if time.monotonic() - answered > self.patience_s:
+                if time.monotonic() - self.answered > self.patience_s:
                     raise Unreachable(
                         f"the job server has not answered for {self.patience_s:.0f} s; {self.job} may go on: "
                         f"nightloom attach {self.job}"
                     ) from error
                 log.warning("the connection to %s was lost (%s), trying again", self.job, type(error).__name__)
+                if self.answered > begun:
+                    pause_s = PAUSE_S  # it was there: only a server that stays away is asked less and less often
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
@@ -144,6 +149,7 @@ class Follower:
         try:
             while True:
                 piece = await asyncio.wait_for(anext(pieces), SILENCE_S)
+                self.answered = time.monotonic()
                 self._show_from(position, piece)
                 position += len(piece)
         except (StopAsyncIteration, TimeoutError):

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from jobs.commands import default_model
 from jobs.configuration import EmbedConfiguration, Settings
 from jobs.embed import limit_of, run_embed
 from jobs.migrate import run_migrate
@@ -47,6 +48,17 @@ class NightlyConfiguration(Settings):
 
     tables: dict[str, NightlyTable] = Field(min_length=1)
     """The tables, in the order in which they have their turn."""
+
+    @field_validator("tables", mode="before")
+    @classmethod
+    def _with_models(cls, tables: Any) -> Any:
+        """As on the command line, the model that comes with nightloom where none is named."""
+        if not isinstance(tables, dict):
+            return tables
+        return {
+            name: {"model": default_model(), **table} if isinstance(table, dict) else table
+            for name, table in tables.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,14 +168,17 @@ class Elastic:
         except AssertionError:
             self.stop()
             raise
-        self.address = re.search(r"--address='([^']+)'", (self.folder / "start.log").read_text()).group(1)
 
     def _wait(self) -> None:
         until = time.monotonic() + START_S
-        while not self._answers():
-            assert self.process.poll() is None, (self.folder / "start.log").read_text()
+        said: re.Match[str] | None = None
+        while said is None or not self._answers():
+            text = (self.folder / "start.log").read_text()
+            said = re.search(r"--address='([^']+)'", text)
+            assert self.process.poll() is None, text
             assert time.monotonic() < until, "the head does not answer"
             time.sleep(0.5)
+        self.address = said.group(1)
 
     def _answers(self) -> bool:
         try:
@@ -245,6 +248,8 @@ def serve() -> None:
         if order["order"] == "start":
             cluster = again(lambda given=order["head"]: Cluster(True, head_node_args=own(dashboard=True) | given))
             info = cluster.head_node.address_info
+            # Where drivers that send something themselves expect it, whatever their machine's raylet has been told.
+            Path(cluster.head_node.get_session_dir_path(), "runtime_resources").mkdir(exist_ok=True)
             answer = {"url": f"http://{info['webui_url']}", "address": cluster.address}
         elif order["order"] == "add":
             node = again(lambda given=order["worker"], held=cluster: held.add_node(**own(), **given))

@@ -3,6 +3,7 @@
 The server is a real one that speaks as much of the protocol as following needs, and breaks connections as told.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
@@ -57,7 +58,7 @@ def test_every_character_is_shown_once(connections, monkeypatch):
 def test_a_server_that_stays_away_ends_the_following_and_not_the_job(monkeypatch):
     monkeypatch.setattr(submission, "LONGEST_PAUSE_S", 0.01)
     with pytest.raises(Unreachable, match=r"may go on: nightloom attach job"):
-        Follower(Server(LOG, [1] * 100_000), "job", lambda piece: None, patience_s=0.5).follow()
+        Follower(Server(LOG, [0] * 100_000), "job", lambda piece: None, patience_s=0.5).follow()
 
 
 def test_a_job_that_does_not_exist_is_not_waited_for():
@@ -69,3 +70,19 @@ def test_nobody_answers(monkeypatch):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     with pytest.raises(Unreachable, match=r"no job server of Ray at http://127\.0\.0\.1"):
         connect(f"http://127.0.0.1:{free_port()}")
+
+
+def test_a_connection_that_lasted_long_before_it_broke_is_made_again(monkeypatch):
+    """Patience counts from when the server last said something."""
+    monkeypatch.setattr(submission, "LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(submission, "PAUSE_S", 0.01)
+
+    class Slow(Server):
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            async for piece in super().tail_job_logs(job):
+                await asyncio.sleep(0.05)
+                yield piece
+
+    shown: list[str] = []
+    assert Follower(Slow(LOG, [15]), "job", shown.append, patience_s=0.5).follow().status == "SUCCEEDED"
+    assert "".join(shown) == LOG + "the last words"

@@ -171,3 +171,10 @@ def test_wrong_configurations(tmp_path, capsys):
     file.write_text('[tables.a]\nsource = "s"\ntable = "t"\nmodel = "m"\nweights = "abc"\n')
     assert main(["nightly", str(file)]) == 2
     assert "tables.a.weights is 'abc'" in capsys.readouterr().err
+
+
+def test_the_model_is_the_one_that_comes_with_nightloom_unless_one_is_named(tmp_path, monkeypatch):
+    table = {"source": str(tmp_path), "table": str(tmp_path / "t.lance")}
+    monkeypatch.setenv("NIGHTLOOM_MODEL", "/models/mine")
+    made = NightlyConfiguration.model_validate({"tables": {"a": table, "b": {**table, "model": "/models/b"}}})
+    assert [settings.model for settings in made.tables.values()] == ["/models/mine", "/models/b"]

@@ -94,7 +94,15 @@ def slow_command(folder: Path, model: Path) -> list[str]:
     lines = (json.dumps({"id": f"{n}", "text": f"{n} {SLOW_TEXT}"}) for n in range(800))
     (folder / "many" / "a.jsonl").write_text("\n".join(lines))
     words = ["embed", str(folder / "many"), str(folder / "many.lance"), "--model", str(model), "-v"]
-    return [*words, "--set", "compute.block_chars=20000", "--set", "compute.commit_every_s=0"]
+    return [
+        *words,
+        "--set",
+        "compute.block_chars=20000",
+        "--set",
+        "compute.commit_every_s=0",
+        "--set",
+        "gates.off=collapse",
+    ]
 
 
 def wait_until_running(run) -> None:
