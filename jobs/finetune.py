@@ -15,10 +15,10 @@ from torch import nn
 
 from jobs.checkpoints import Checkpoints
 from jobs.group import TrainingReport, member, run_group
-from jobs.lessons import LabelTuning, MaskedTuning, Tuning, VectorTuning
 from jobs.phases import Phase
 from jobs.replicas import Replicas
 from jobs.state import State, check_resumable, checkpoint_bytes
+from jobs.tasks import LabelTuning, MaskedTuning, Tuning, VectorTuning
 from jobs.training import Signals, resume
 from jobs.tuning import (
     FinetuneConfiguration,
@@ -41,8 +41,8 @@ from model.protocols import DOCUMENT_PROMPTS, QUERY_PROMPTS
 from model.schedule import SpikeGuard
 from model.supervised import Supervised, labelled, put_classifier
 from model.weights import load_encoder, load_model
+from pipeline.example_stream import ExampleStream, ExampleStreamConfig
 from pipeline.examples import Examples, Reading, read_examples
-from pipeline.lessons import LessonConfig, Lessons
 from pipeline.masking import Masker, MaskingConfig
 from pipeline.storage import local_model
 from pipeline.vocabulary import read_vocabulary
@@ -155,9 +155,9 @@ def make_tuning(
     """
     schedule, config = configuration.schedule, folder.config
     num_steps = count_steps(schedule, sum(examples.num_examples for examples in sources))
-    lessons = Lessons(
+    stream = ExampleStream(
         sources,
-        LessonConfig(
+        ExampleStreamConfig(
             examples_per_step=schedule.examples_per_step,
             tokens_per_bin=schedule.tokens_per_bin,
             num_steps=num_steps,
@@ -174,9 +174,9 @@ def make_tuning(
     phase = phase_of(schedule, num_steps, folder)
     if configuration.is_of_vectors:
         targets = teacher_vectors(configuration, folder, sources)
-        return VectorTuning(configuration, folder, sources, lessons, targets), phase
+        return VectorTuning(configuration, folder, sources, stream, targets), phase
     if configuration.tasks[0] != "masked":
-        return LabelTuning(configuration, folder, sources, lessons), phase
+        return LabelTuning(configuration, folder, sources, stream), phase
     if folder.architecture != MASKED:
         raise InputError(f"{folder.path} has no masked-token head ({folder.architecture}); take a pretrained model")
     vocabulary = read_vocabulary(folder.path)
@@ -187,7 +187,7 @@ def make_tuning(
         special_ids=vocabulary.special_ids,
         vocab_size=vocabulary.size,
     )
-    return MaskedTuning(configuration, folder, sources, lessons, masker), phase
+    return MaskedTuning(configuration, folder, sources, stream, masker), phase
 
 
 def shares_of(configuration: FinetuneConfiguration, sources: Sequence[Examples]) -> list[float]:

@@ -44,7 +44,7 @@ CPU_STAGES = (
     "preparation",
     "shards",
     "stream",
-    *("examples", "lessons"),
+    *("examples", "example_stream"),
     *("dead", "gates", "probes", "quarantine", "reuse", "workers"),
 )
 """Files of `pipeline/` whose worker processes must not pay for torch: about 200 MB and a second each."""

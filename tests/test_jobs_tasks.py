@@ -8,12 +8,12 @@ import torch
 from test_jobs_finetune import configuration, write_rows
 
 from jobs.finetune import begin, make_tuning, read_sources
-from jobs.lessons import BLANK, LabelTuning, MaskedTuning, Tuning, share
 from jobs.phases import Phase
 from jobs.replicas import Replicas
 from jobs.state import State
+from jobs.tasks import BLANK, LabelTuning, MaskedTuning, Tuning, share
 from model.folder import read_folder
-from pipeline.lessons import BEGINNING, Lesson
+from pipeline.example_stream import BEGINNING, ExampleBatch
 
 
 def make(task: str, model: Path, folder: Path, *sets: str) -> tuple[Tuning, State, Phase]:
@@ -27,19 +27,19 @@ def make(task: str, model: Path, folder: Path, *sets: str) -> tuple[Tuning, Stat
 ALONE = Replicas()
 
 
-def first(tuning: Tuning, phase: Phase, replicas: Replicas = ALONE) -> Lesson:
+def first(tuning: Tuning, phase: Phase, replicas: Replicas = ALONE) -> ExampleBatch:
     steps = tuning.steps(phase, BEGINNING, replicas)
-    lesson = next(steps)
+    batch = next(steps)
     steps.close()
-    return lesson
+    return batch
 
 
 def test_counts_of_workers_add_up_to_the_batch(tiny_model_folder: Path, tmp_path: Path) -> None:
     tuning, _, phase = make("contrastive", tiny_model_folder, tmp_path, "schedule.tokens_per_bin=64")
     shares = [first(tuning, phase, Replicas(rank, 3)) for rank in range(3)]
-    assert sum(tuning.counts(lesson)[0] for lesson in shares) == 16
-    assert len({len(share(lesson)) for lesson in shares}) == 1, "with blank bins all have equally many"
-    blank = sum(item is BLANK for lesson in shares for item in share(lesson))
+    assert sum(tuning.counts(batch)[0] for batch in shares) == 16
+    assert len({len(share(batch)) for batch in shares}) == 1, "with blank bins all have equally many"
+    blank = sum(item is BLANK for batch in shares for item in share(batch))
     assert blank == 3 * shares[0].max_bins - shares[0].num_bins
 
 
@@ -52,12 +52,12 @@ def test_a_line_is_of_the_source_of_its_step(tiny_model_folder: Path, tmp_path: 
 
 def test_one_bin_by_itself_tells_whether_it_is_a_number(tiny_model_folder: Path, tmp_path: Path) -> None:
     tuning, state, phase = make("contrastive", tiny_model_folder, tmp_path)
-    lesson = first(tuning, phase)
-    assert math.isfinite(tuning.alone(state, Replicas(), lesson.bins[0]))
+    batch = first(tuning, phase)
+    assert math.isfinite(tuning.alone(state, Replicas(), batch.bins[0]))
     with torch.no_grad():
-        state.encoder.embeddings.tok_embeddings.weight[int(lesson.bins[0].tokens_T[1])] = torch.nan
+        state.encoder.embeddings.tok_embeddings.weight[int(batch.bins[0].tokens_T[1])] = torch.nan
     state.optimizer.zero_grad()
-    assert math.isnan(tuning.alone(state, Replicas(), lesson.bins[0]))
+    assert math.isnan(tuning.alone(state, Replicas(), batch.bins[0]))
     state.optimizer.zero_grad()
     assert math.isfinite(tuning.alone(state, Replicas(), None)), "a blank one is no cause"
 
@@ -65,20 +65,20 @@ def test_one_bin_by_itself_tells_whether_it_is_a_number(tiny_model_folder: Path,
 def test_masks_follow_from_example_and_epoch(tiny_masked_folder: Path, tmp_path: Path) -> None:
     tuning, _, phase = make("masked", tiny_masked_folder, tmp_path)
     assert isinstance(tuning, MaskedTuning)
-    lesson = first(tuning, phase)
-    item = lesson.bins[0]
-    seen, chosen = tuning.hide(lesson, item)
-    again = tuning.hide(lesson, item)
+    batch = first(tuning, phase)
+    item = batch.bins[0]
+    seen, chosen = tuning.hide(batch, item)
+    again = tuning.hide(batch, item)
     assert np.array_equal(seen, again[0])
     assert 0.1 < len(chosen) / item.num_tokens < 0.5
     ends = np.concatenate([item.cu_seqlens[:-1], item.cu_seqlens[1:] - 1])
     assert not set(chosen.tolist()) & set(ends.tolist()), "special tokens are not guessed"
-    assert tuning.counts(lesson)[0] == sum(len(tuning.hide(lesson, b)[1]) for b in lesson.bins)
+    assert tuning.counts(batch)[0] == sum(len(tuning.hide(batch, b)[1]) for b in batch.bins)
 
 
 def test_tags_count_words(tiny_masked_folder: Path, tmp_path: Path) -> None:
     tuning, _, phase = make("tagging", tiny_masked_folder, tmp_path)
     assert isinstance(tuning, LabelTuning)
-    lesson = first(tuning, phase)
+    batch = first(tuning, phase)
     tagged = int((tuning.sources[0].tags_X >= 0).sum())
-    assert 16 <= tuning.counts(lesson)[0] < tagged, "each of the sixteen texts has a tagged word"
+    assert 16 <= tuning.counts(batch)[0] < tagged, "each of the sixteen texts has a tagged word"

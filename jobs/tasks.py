@@ -4,6 +4,7 @@ Losses are means over the examples of the global batch (its tagged or masked tok
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +29,12 @@ from model.losses import IGNORED, Pretraining
 from model.optimizer import gradient_norm
 from model.supervised import Supervised
 from model.weights import save_folder
+from pipeline.example_stream import ExampleBatch, ExampleStream, TextBin
 from pipeline.examples import Examples
-from pipeline.lessons import Lesson, LessonBin, Lessons
 from pipeline.masking import HELD_OUT, Masker
 from pipeline.stream import StreamState
 
-BLANK = LessonBin(
+BLANK = TextBin(
     tokens_T=np.zeros(1, np.int64),
     cu_seqlens=np.array([0, 1], np.int32),
     starts_R=np.empty(0, np.int64),
@@ -46,7 +47,7 @@ BLANK = LessonBin(
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tuning(ABC):
     """What all of them have in common. A subclass says what a batch counts, what is learned of it, and what is saved.
 
     What is added up over workers is always a loss, a score (correct ones, or cosines) and what they are means over.
@@ -56,26 +57,26 @@ class Tuning:
     folder: ModelFolder
     """What is trained further."""
     sources: Sequence[Examples]
-    lessons: Lessons
+    stream: ExampleStream
 
-    def steps(self, phase: Phase, start: StreamState, replicas: Replicas) -> Generator[Lesson, None, None]:
-        return self.lessons.steps(start, rank=replicas.rank, num_workers=replicas.size)
+    def steps(self, phase: Phase, start: StreamState, replicas: Replicas) -> Generator[ExampleBatch, None, None]:
+        return self.stream.steps(start, rank=replicas.rank, num_workers=replicas.size)
 
-    def held_out(self, phase: Phase, replicas: Replicas) -> list[Lesson]:
+    def held_out(self, phase: Phase, replicas: Replicas) -> list[ExampleBatch]:
         most = self.configuration.keep.evaluation_bins
-        return self.lessons.evaluation(rank=replicas.rank, num_workers=replicas.size, max_bins=most)
+        return self.stream.evaluation(rank=replicas.rank, num_workers=replicas.size, max_bins=most)
 
-    def counts(self, step: Lesson) -> list[float]:
+    def counts(self, step: ExampleBatch) -> list[float]:
         """What the loss is a mean over, for each source: 0 for those that the step is not of."""
         counts = [0.0] * len(self.sources)
         counts[step.source] = float(self.count(step))
         return counts
 
-    def count(self, step: Lesson) -> int:
+    def count(self, step: ExampleBatch) -> int:
         """Examples whose first text is in this worker's share."""
         return sum(int((step.place_N[item.texts_R] == 0).sum()) for item in step.bins)
 
-    def flops(self, state: State, step: Lesson) -> int:
+    def flops(self, state: State, step: ExampleBatch) -> int:
         """What is computed twice counts once."""
         config = state.encoder.config
         return sum(cost(config, np.diff(item.cu_seqlens).tolist(), mode="training").flops for item in step.bins)
@@ -93,35 +94,17 @@ class Tuning:
             return {}
         return {prefix + ("cosine" if task == "distillation" else "accuracy"): score}
 
+    @abstractmethod
     def learn(
-        self, state: State, replicas: Replicas, step: Lesson, counts: Sequence[float], factor: float
+        self, state: State, replicas: Replicas, step: ExampleBatch, counts: Sequence[float], factor: float
     ) -> list[float]:
-        """Pass by pass over the bins; each brings its part of the loss."""
-        bins = share(step)
-        sums = np.zeros(2)
-        for number, item in enumerate(bins):
-            with replicas.accumulating(state.module, last=number == len(bins) - 1):
-                loss, parts = state.module(*self.inputs(step, item, replicas), factor / max(sum(counts), 1.0))
-                loss.backward()
-            sums += self.reported(parts)
-        return sums.tolist()
+        """Add the gradient of this worker's share of a step; the sums that `line` reads."""
 
-    def judge(self, state: State, replicas: Replicas, step: Lesson) -> list[float]:
+    @abstractmethod
+    def judge(self, state: State, replicas: Replicas, step: ExampleBatch) -> list[float]:
         """Loss and score of this worker's share of held-out examples."""
-        sums = np.zeros(2)
-        for item in step.bins:
-            sums += self.reported(state.model(*self.inputs(step, item, replicas))[1])
-        return sums.tolist()
 
-    def inputs(self, step: Lesson, item: LessonBin, replicas: Replicas) -> tuple[Any, ...]:
-        """What the model takes of a bin."""
-        raise NotImplementedError
-
-    def reported(self, parts: Tensor) -> np.ndarray:
-        """Loss and score out of what the model reports."""
-        return parts[:2].double().cpu().numpy()
-
-    def alone(self, state: State, replicas: Replicas, item: LessonBin | None) -> float:
+    def alone(self, state: State, replicas: Replicas, item: TextBin | None) -> float:
         """By the encoder alone: NaN where its vectors, or a gradient through them, are no numbers."""
         with replicas.accumulating(state.module, last=False):
             loss = state.encoder(packed(item or BLANK, replicas)).square().mean()
@@ -129,7 +112,7 @@ class Tuning:
         return float(loss.detach()) if math.isfinite(gradient_norm(state.model)) else math.nan
 
     @torch.no_grad()
-    def evaluate(self, state: State, replicas: Replicas, held_out: Sequence[Lesson]) -> dict[str, float]:
+    def evaluate(self, state: State, replicas: Replicas, held_out: Sequence[ExampleBatch]) -> dict[str, float]:
         values: dict[str, float] = {}
         totals = np.zeros((len(self.sources), 3))
         for step in held_out:
@@ -148,9 +131,9 @@ class Tuning:
         if first:
             write_model(output, partial(self.write, state))
 
+    @abstractmethod
     def write(self, state: State, path: str | Path) -> Path:
         """Write the model folder."""
-        raise NotImplementedError
 
 
 def facts_of(configuration: FinetuneConfiguration, sources: Sequence[Examples]) -> dict[str, Any]:
@@ -175,7 +158,7 @@ class VectorTuning(Tuning):
     """The teacher's vectors for each source, of the student's width."""
 
     def learn(
-        self, state: State, replicas: Replicas, step: Lesson, counts: Sequence[float], factor: float
+        self, state: State, replicas: Replicas, step: ExampleBatch, counts: Sequence[float], factor: float
     ) -> list[float]:
         assert isinstance(state.model, VectorModel)
         loss, score = learn_from_vectors(
@@ -191,7 +174,7 @@ class VectorTuning(Tuning):
         )
         return [float(loss), float(score)]
 
-    def judge(self, state: State, replicas: Replicas, step: Lesson) -> list[float]:
+    def judge(self, state: State, replicas: Replicas, step: ExampleBatch) -> list[float]:
         assert isinstance(state.model, VectorModel)
         width, dtype = state.encoder.config.hidden_size, state.model.log_scale.dtype
         vectors_ND = torch.zeros(len(step.example_N), width, dtype=dtype, device=replicas.device)
@@ -202,7 +185,7 @@ class VectorTuning(Tuning):
         loss, score = self.loss(step, replicas)(vectors_ND, state.model.scale())
         return [float(loss), float(score)]
 
-    def loss(self, step: Lesson, replicas: Replicas) -> Loss:
+    def loss(self, step: ExampleBatch, replicas: Replicas) -> Loss:
         """The loss of the task that this batch's source is for."""
         mine = (replicas.rank, replicas.size)
         dims, weights = dims_of(self.configuration, self.folder.config.hidden_size)
@@ -246,19 +229,50 @@ class VectorTuning(Tuning):
         )
 
 
-class LabelTuning(Tuning):
+class BinTuning(Tuning):
+    """What is learned of each bin by itself; the model gives a loss for one."""
+
+    def learn(
+        self, state: State, replicas: Replicas, step: ExampleBatch, counts: Sequence[float], factor: float
+    ) -> list[float]:
+        """Pass by pass over the bins; each brings its part of the loss."""
+        bins = share(step)
+        sums = np.zeros(2)
+        for number, item in enumerate(bins):
+            with replicas.accumulating(state.module, last=number == len(bins) - 1):
+                loss, parts = state.module(*self.inputs(step, item, replicas), factor / max(sum(counts), 1.0))
+                loss.backward()
+            sums += self.reported(parts)
+        return sums.tolist()
+
+    def judge(self, state: State, replicas: Replicas, step: ExampleBatch) -> list[float]:
+        sums = np.zeros(2)
+        for item in step.bins:
+            sums += self.reported(state.model(*self.inputs(step, item, replicas))[1])
+        return sums.tolist()
+
+    @abstractmethod
+    def inputs(self, step: ExampleBatch, item: TextBin, replicas: Replicas) -> tuple[Any, ...]:
+        """What the model takes of a bin."""
+
+    def reported(self, parts: Tensor) -> np.ndarray:
+        """Loss and score out of what the model reports."""
+        return parts[:2].double().cpu().numpy()
+
+
+class LabelTuning(BinTuning):
     """Labels of texts, numbers of texts, or tags of words. The model is `Supervised`."""
 
     @property
     def is_tagging(self) -> bool:
         return self.configuration.tasks[0] == "tagging"
 
-    def count(self, step: Lesson) -> int:
+    def count(self, step: ExampleBatch) -> int:
         if not self.is_tagging:
             return super().count(step)
         return sum(int((item.tags_T != IGNORED).sum()) for item in step.bins)
 
-    def inputs(self, step: Lesson, item: LessonBin, replicas: Replicas) -> tuple[Any, ...]:
+    def inputs(self, step: ExampleBatch, item: TextBin, replicas: Replicas) -> tuple[Any, ...]:
         if self.is_tagging:
             rows = np.flatnonzero(item.tags_T != IGNORED)
             targets = item.tags_T[rows]
@@ -274,22 +288,22 @@ class LabelTuning(Tuning):
 
 
 @dataclass(frozen=True)
-class MaskedTuning(Tuning):
+class MaskedTuning(BinTuning):
     """Masked tokens, on texts of one's own. The model is `Pretraining`."""
 
     masker: Masker
 
-    def count(self, step: Lesson) -> int:
+    def count(self, step: ExampleBatch) -> int:
         return sum(len(self.hide(step, item)[1]) for item in step.bins)
 
-    def inputs(self, step: Lesson, item: LessonBin, replicas: Replicas) -> tuple[Any, ...]:
+    def inputs(self, step: ExampleBatch, item: TextBin, replicas: Replicas) -> tuple[Any, ...]:
         seen_T, chosen_M = self.hide(step, item)
         clear = packed(item, replicas)
         batch = PackedBatch(on_device(seen_T, replicas), clear.cu_seqlens, clear.max_seqlen, clear.offsets)
         ordering = np.full(len(item.cu_seqlens) - 1, IGNORED, np.int64)
         return batch, *(on_device(array, replicas) for array in (chosen_M, item.tokens_T[chosen_M], ordering))
 
-    def hide(self, step: Lesson, item: LessonBin) -> tuple[np.ndarray, np.ndarray]:
+    def hide(self, step: ExampleBatch, item: TextBin) -> tuple[np.ndarray, np.ndarray]:
         """The tokens as the model is to see them, and which it has to guess: a function of example, epoch and place."""
         positions_T = np.concatenate([np.arange(-1, length - 1) for length in np.diff(item.cu_seqlens)])
         positions_T[item.cu_seqlens[1:] - 1] = -1
@@ -308,17 +322,17 @@ class MaskedTuning(Tuning):
         return save_folder(state.model.language_model, path, tokenizer_from=self.folder.path, dtype=dtype)
 
 
-def share(step: Lesson) -> list[LessonBin]:
+def share(step: ExampleBatch) -> list[TextBin]:
     """This worker's bins, with blank ones up to the number that every worker goes through."""
     return [*step.bins, *[BLANK] * (step.max_bins - len(step.bins))]
 
 
-def packed(item: LessonBin, replicas: Replicas) -> PackedBatch:
+def packed(item: TextBin, replicas: Replicas) -> PackedBatch:
     tokens, offsets = (on_device(array, replicas) for array in (item.tokens_T, item.cu_seqlens))
     return PackedBatch(tokens, offsets, item.max_seqlen, tuple(item.cu_seqlens.tolist()))
 
 
-def vector_bin(item: LessonBin, replicas: Replicas) -> VectorBin:
+def vector_bin(item: TextBin, replicas: Replicas) -> VectorBin:
     arrays = (item.starts_R, item.ends_R, item.texts_R)
     return VectorBin(packed(item, replicas), *(on_device(array, replicas) for array in arrays))
 

@@ -26,7 +26,7 @@ LEAST_JOINED = 256
 
 
 @dataclass(frozen=True, slots=True)
-class LessonConfig:
+class ExampleStreamConfig:
     """What the steps of a fine-tuning are made of."""
 
     examples_per_step: int
@@ -43,7 +43,7 @@ class LessonConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class LessonBin:
+class TextBin:
     """Texts end to end. T tokens, S sequences, R texts, one range of tokens each."""
 
     tokens_T: np.ndarray
@@ -54,7 +54,7 @@ class LessonBin:
     ends_R: np.ndarray
     """int64 ranges of tokens that are pooled."""
     texts_R: np.ndarray
-    """int64: which of the lesson's texts they are."""
+    """int64: which of the batch's texts they are."""
     tags_T: np.ndarray
     """int64 targets of the tokens; empty where the examples have none."""
     name: str
@@ -77,7 +77,7 @@ class LessonBin:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class ExampleBatch:
     """A global batch, and one worker's share of its bins. B examples, N texts."""
 
     step: int
@@ -92,7 +92,7 @@ class Lesson:
     """int64: its place in the example; 0 the query, 1 the positive, from 2 negatives."""
     key_N: np.ndarray
     """int64: equal for texts of one document."""
-    bins: tuple[LessonBin, ...]
+    bins: tuple[TextBin, ...]
     """Of this worker; none where there are fewer bins than workers."""
     num_bins: int
     max_bins: int
@@ -105,7 +105,7 @@ class Lesson:
     """What to resume with when this step is done."""
 
 
-class Lessons:
+class ExampleStream:
     """Steps out of the examples of one source or several.
 
     Args:
@@ -121,7 +121,7 @@ class Lessons:
     def __init__(
         self,
         sources: Sequence[Examples],
-        config: LessonConfig,
+        config: ExampleStreamConfig,
         *,
         shares: Sequence[float] | None = None,
         joined: Sequence[bool] | None = None,
@@ -162,11 +162,11 @@ class Lessons:
 
     def steps(
         self, state: StreamState = BEGINNING, *, rank: int = 0, num_workers: int = 1
-    ) -> Generator[Lesson, None, None]:
+    ) -> Generator[ExampleBatch, None, None]:
         """The steps from a state to the last one; they are made ready in a thread, which ends when this is closed."""
         return ahead(self._steps(state, rank, num_workers), STEPS_AHEAD)
 
-    def _steps(self, state: StreamState, rank: int, num_workers: int) -> Generator[Lesson, None, None]:
+    def _steps(self, state: StreamState, rank: int, num_workers: int) -> Generator[ExampleBatch, None, None]:
         while state.step < self.config.num_steps:
             number = int(self.source_of[state.step])
             taught, size = self.taught[number], self.config.examples_per_step
@@ -178,16 +178,16 @@ class Lessons:
                 key = key_of(EXAMPLES, self.config.seed, number, turn)
                 chosen.append(taught[permute(within, len(taught), key)])
             after = StreamState(step=state.step + 1, epoch=epoch, bins=state.step + 1)
-            yield self._lesson(np.concatenate(chosen), number, state.step, epoch, after, rank, num_workers)
+            yield self._batch(np.concatenate(chosen), number, state.step, epoch, after, rank, num_workers)
             state = after
 
-    def evaluation(self, *, rank: int = 0, num_workers: int = 1, max_bins: int | None = None) -> list[Lesson]:
+    def evaluation(self, *, rank: int = 0, num_workers: int = 1, max_bins: int | None = None) -> list[ExampleBatch]:
         """Batches of the held-out examples, the same whenever they are asked for; a last one may be smaller.
 
         Args:
             max_bins: no batch is begun when there are so many bins; None: all there are.
         """
-        lessons: list[Lesson] = []
+        batches: list[ExampleBatch] = []
         bins = 0
         for number, held_out in enumerate(self.held_out):
             rows = np.flatnonzero(held_out)
@@ -195,13 +195,13 @@ class Lessons:
             for start in range(0, len(rows), self.config.examples_per_step):
                 some = rows[start : start + self.config.examples_per_step]
                 if len(some) > 1 and (max_bins is None or bins < max_bins):
-                    lessons.append(self._lesson(some, number, len(lessons), -1, StreamState(), rank, num_workers))
-                    bins += lessons[-1].num_bins
-        return lessons
+                    batches.append(self._batch(some, number, len(batches), -1, StreamState(), rank, num_workers))
+                    bins += batches[-1].num_bins
+        return batches
 
-    def _lesson(
+    def _batch(
         self, chosen: np.ndarray, number: int, step: int, epoch: int, after: StreamState, rank: int, num_workers: int
-    ) -> Lesson:
+    ) -> ExampleBatch:
         examples = self.sources[number]
         starts, ends = examples.first_E[chosen], examples.first_E[chosen + 1]
         counts = ends - starts
@@ -218,7 +218,7 @@ class Lessons:
         squares = np.square(length_S)
         dealt = deal_bins(np.array([squares[some].sum() for some in bins]), num_workers)
         where = f"source {number}, " + ("held out" if epoch < 0 else f"epoch {epoch}") + f", step {step}"
-        return Lesson(
+        return ExampleBatch(
             step=step,
             source=number,
             epoch=epoch,
@@ -254,7 +254,7 @@ class Lessons:
             used += length - 2
         return sequences + [[text] for text in range(stop, len(length_N))]
 
-    def _build(self, examples: Examples, text_N: np.ndarray, sequences: list[list[int]], name: str) -> LessonBin:
+    def _build(self, examples: Examples, text_N: np.ndarray, sequences: list[list[int]], name: str) -> TextBin:
         parts: list[np.ndarray] = []
         tags: list[np.ndarray] = []
         ranges: list[tuple[int, int, int]] = []
@@ -282,7 +282,7 @@ class Lessons:
                 at += 1
             offsets.append(at)
         starts, ends, texts_R = np.array(ranges, np.int64).T
-        return LessonBin(
+        return TextBin(
             tokens_T=np.concatenate(parts).astype(np.int64),
             cu_seqlens=np.array(offsets, np.int32),
             starts_R=starts,
