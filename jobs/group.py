@@ -13,10 +13,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as Waiting
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -48,6 +47,9 @@ SETTINGS = "configuration.json"
 PLACES = ("output", "tokens", "start", "tile_from", "path")
 """Settings that may be local paths."""
 
+MOST_LINES = 10_000
+"""That wait for the driver, which asks twice a second."""
+
 Loop = Callable[[Mapping[str, Any]], dict[str, Any]]
 """What each worker runs: gets "configuration" (as a dictionary) and what `member` reads; returns what `resume` does."""
 
@@ -69,6 +71,10 @@ class TrainingReport:
     """Of the last evaluation."""
     seconds: float
     """Of this run."""
+    repeated_steps: int = 0
+    """Taken again in this run, because a machine was lost after the checkpoint before them."""
+    wasted_tokens: int = 0
+    """What they had learned from."""
 
     def summary(self) -> str:
         head = {
@@ -79,6 +85,9 @@ class TrainingReport:
         lines = [head, "", line("tokens", f"{self.tokens:,}")]
         lines += [line("loss", f"{self.loss:.4f}")] if self.loss is not None else []
         lines += [line("held out", f"{self.heldout_loss:.4f}")] if self.heldout_loss is not None else []
+        if self.repeated_steps:
+            share = self.wasted_tokens / max(self.tokens + self.wasted_tokens, 1)
+            lines.append(line("repeated", f"{self.repeated_steps:,} steps, {share:.1%} of all tokens"))
         return "\n".join([*lines, line("time", clock(self.seconds))])
 
     def to_json(self) -> str:
@@ -108,7 +117,8 @@ def run_group(
     write_file(output, SETTINGS, configuration.model_dump_json(indent=1).encode() + b"\n")
     with session(work.address, num_cpus=max(local_cpus(), work.workers + 1)):
         references = {key: ray.put(value) for key, value in shared.items()}
-        result = fit(loop, configuration, Display(sum(phase.num_steps for phase in phases)), references)
+        repeats = Repeats()
+        result = fit(loop, configuration, Display(sum(phase.num_steps for phase in phases)), repeats, references)
     if result["status"] == "diverged":
         raise Diverged(result["message"])
     return TrainingReport(
@@ -120,7 +130,28 @@ def run_group(
         loss=result["last"].get("loss"),
         heldout_loss=result["last"].get("heldout_loss"),
         seconds=round(time.monotonic() - started, 1),
+        repeated_steps=repeats.steps,
+        wasted_tokens=repeats.tokens,
     )
+
+
+@dataclass(slots=True)
+class Repeats:
+    """Steps that a run took more than once, out of the lines that it posted."""
+
+    steps: int = 0
+    tokens: int = 0
+    taken: list[tuple[int, int]] = field(default_factory=list)
+    """(step, tokens up to its end) of what counts so far."""
+
+    def add(self, posted: Mapping[str, Any]) -> None:
+        """A step's line. After one that is no successor, what had come from there on was for nothing."""
+        while self.taken and self.taken[-1][0] >= posted["step"]:
+            _, reached = self.taken.pop()
+            self.steps += 1
+            if self.taken:  # what the first line that came had begun with is not known
+                self.tokens += reached - self.taken[-1][1]
+        self.taken.append((posted["step"], posted["tokens"]))
 
 
 def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +182,7 @@ class Board:
         self.stopping = False
 
     def post(self, line: dict[str, Any]) -> bool:
-        self.lines = [*self.lines, line][-100:]
+        self.lines = [*self.lines, line][-MOST_LINES:]
         return self.stopping
 
     def take(self) -> list[dict[str, Any]]:
@@ -198,9 +229,13 @@ class RaySignals(Signals):
 
 
 def fit(
-    loop: Loop, configuration: RunSettings, display: Display, references: Mapping[str, Any] = MappingProxyType({})
+    loop: Loop,
+    configuration: RunSettings,
+    display: Display,
+    repeats: Repeats,
+    references: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Have Ray Train do it, showing lines meanwhile; what the first worker returned."""
+    """Have Ray Train do it, showing and counting lines meanwhile; what the first worker returned."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -235,14 +270,14 @@ def fit(
             with ThreadPoolExecutor(1) as pool, stop_wishes() as wishes:
                 # Beside the main thread, where Ray would answer Ctrl-C itself by killing the workers.
                 future = pool.submit(trainer.fit)
-                while not future.done():
-                    try:
-                        future.result(timeout=0.5)
-                    except Waiting:
-                        for posted in ray.get(board.take.remote()):
-                            display.show(posted)
-                        if wishes.is_set():
-                            board.stop.remote()
+                ended = False
+                while not ended:
+                    ended = bool(wait([future], timeout=0.5).done)
+                    for posted in ray.get(board.take.remote()):
+                        display.show(posted)
+                        repeats.add(posted)
+                    if wishes.is_set():
+                        board.stop.remote()
             result = future.result().return_value
         except TrainingFailedError as error:
             failures = list(getattr(error, "worker_failures", {}).values())

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from strikes import ancestors, own_raylets, processes
-from test_jobs_pretrain import Command, same_learning, write_config
+from test_jobs_pretrain import STEPS, Command, same_learning, write_config
 
 from jobs.checkpoints import Checkpoints
 from jobs.monitor import LINES, read_lines
@@ -130,7 +130,11 @@ def test_a_group_that_shrinks_and_grows_learns_the_same(machines: Machines, star
     command.wait_for_workers(2)
     print(f"goes on with two workers after {time.monotonic() - gained:.0f} s")
     machines.stop_holding_back()
-    assert command.finish(900)["status"] == "done"
+    report = command.finish(900)
+    assert report["status"] == "done"
+    assert 0 < report["repeated_steps"] < STEPS
+    assert 0 < report["wasted_tokens"] < report["tokens"]
+    print(f"{report['repeated_steps']} steps were taken again")
     assert sizes(same_learning(command.output)) == [2, 1, 2]
 
 
