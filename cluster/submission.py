@@ -19,6 +19,8 @@ PATIENCE_S = 600.0
 SILENCE_S = 30.0
 """After so long without a line the connection is made anew: a dead one is as silent as a job that computes."""
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+SETTLE_S = 0.2
+"""Between the end of a log and the question whether the job has ended."""
 
 log = logging.getLogger(__name__)
 
@@ -121,13 +123,14 @@ class Follower:
         while True:
             begun = time.monotonic()
             try:
-                asyncio.run(self._tail())
+                # Asked first: the server takes seconds to say the whole log of a job that has ended piece by piece.
                 info = find_job(self.client, self.job)
-                self.answered, pause_s = time.monotonic(), PAUSE_S
+                self.answered = time.monotonic()
                 if info.status.is_terminal():
                     self._show_from(0, self.client.get_job_logs(self.job))
                     return info
-                time.sleep(PAUSE_S)
+                asyncio.run(self._tail())
+                time.sleep(SETTLE_S)
             except Unknown:
                 raise
             except Exception as error:  # requests, aiohttp and Ray raise what they like when a server goes away

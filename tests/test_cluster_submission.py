@@ -57,8 +57,13 @@ def test_every_character_is_shown_once(connections, monkeypatch):
 
 def test_a_server_that_stays_away_ends_the_following_and_not_the_job(monkeypatch):
     monkeypatch.setattr(submission, "LONGEST_PAUSE_S", 0.01)
+
+    class Away(Server):
+        def get_job_info(self, job: str) -> SimpleNamespace:
+            raise ConnectionError("nobody is there")
+
     with pytest.raises(Unreachable, match=r"may go on: nightloom attach job"):
-        Follower(Server(LOG, [0] * 100_000), "job", lambda piece: None, patience_s=0.5).follow()
+        Follower(Away(LOG, []), "job", lambda piece: None, patience_s=0.5).follow()
 
 
 def test_a_job_that_does_not_exist_is_not_waited_for():
