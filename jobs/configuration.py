@@ -71,7 +71,7 @@ class VectorSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the arithmetic; auto: what the table was begun with, or what the device multiplies fastest."""
     type: Literal["float32", "float16", "int8", "bits"] = "float32"
-    """How vectors are stored; int8 is unit vectors times 127, bits the signs of their components, eight to a byte."""
+    """How vectors are stored; int8 has 127 for a vector's largest component, bits the signs of its components."""
     dim: int | None = Field(default=None, gt=0)
     """Keep the first dimensions only (Matryoshka); by default all that the model gives."""
     normalize: bool | None = None

@@ -81,7 +81,7 @@ class CheaperSettings(Settings):
     dims: Annotated[tuple[int, ...], BeforeValidator(as_names)] | None = None
     """Leading dimensions (Matryoshka); by default a half and a quarter of the model's."""
     types: Annotated[tuple[Literal["int8", "binary"], ...], BeforeValidator(as_names)] = ("int8", "binary")
-    """int8: unit vectors times 127; binary: signs find a hundred, whose whole vectors put them in order."""
+    """int8: 127 for the largest component; binary: signs find a hundred, whose whole vectors put them in order."""
 
 
 class EvaluateConfiguration(Settings):

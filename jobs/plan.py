@@ -32,7 +32,7 @@ from pipeline.dead import DeadLetters
 from pipeline.documents import check_source, document_schema, estimate_documents
 from pipeline.keys import Keys
 from pipeline.ledger import RECORDS_OF_PACE, past_pace, read_records
-from pipeline.recipe import Recipe
+from pipeline.recipe import CODE_VERSION, CODE_VERSIONS, Recipe
 from pipeline.storage import SourceFile, is_s3, list_sources, local_model, promoted_model
 from pipeline.survey import Options, Plan, RayTasks, Tasks, make_plan
 from pipeline.table import NEXT, EmbeddingTable
@@ -134,6 +134,7 @@ def make_recipe(model: Model, *, dtype: str, vector_type: str) -> Recipe:
         dtype=dtype,
         vector_type=vector_type,
         dim=model.dim,
+        code=CODE_VERSIONS.get(vector_type, CODE_VERSION),
     ).settled()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jobs.evaluation_sets import RetrievalSet
 from jobs.lexical import Scorer, needed
+from pipeline.vectors import to_int8
 
 DEPTH = 100
 """Documents that are kept for a query."""
@@ -34,7 +35,7 @@ def dense_scorer(
 
     Args:
         first_N: ascending, the first row of each document; its rows follow one another.
-        representation: of the rows, queries staying in float32. "float32"; "int8": unit vectors times 127, rounded;
+        representation: of the rows, queries staying in float32. "float32"; "int8": as `pipeline.vectors` stores them;
             "binary": signs find CANDIDATES rows, which their float32 vectors order; "dim64": the first 64 dimensions.
     """
     queries, rows = unit(queries_QD), unit(rows_RD)
@@ -42,7 +43,7 @@ def dense_scorer(
         dim = int(representation.removeprefix("dim"))
         queries, rows = unit(queries[:, :dim]), unit(rows[:, :dim])
     elif representation == "int8":
-        rows = np.rint(rows * 127) / 127
+        rows = unit(to_int8(rows).astype(np.float32))
     signs = np.where(rows > 0, 1, -1).astype(np.float32) if representation == "binary" else None
 
     def score(chosen: slice) -> np.ndarray:

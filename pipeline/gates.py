@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.keys import Keys, as_keys, hash_ids
 from pipeline.recipe import Recipe
 from pipeline.table import EmbeddingTable, table_schema
-from pipeline.vectors import as_array, step
+from pipeline.vectors import as_vectors
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,9 @@ FLOOR = 1e-3
 MOST_DEAD_DIMENSIONS = 0.5
 
 
-def norm_tolerance(vector_type: str, dim: int) -> float:
-    """How far from 1 the length of a stored unit vector may be."""
-    rounding = {"float32": 1e-4, "float16": 2e-3, "int8": 1e-4 + 0.5 * dim**0.5 / 127, "bits": 1e-4}
-    return rounding[vector_type]
+def norm_tolerance(vector_type: str) -> float:
+    """How far from 1 the length of a stored unit vector may be. What keeps no length has length 1, unless it is 0."""
+    return 2e-3 if vector_type == "float16" else 1e-4
 
 
 @dataclass(slots=True)
@@ -116,10 +115,10 @@ def scan(uri: str, version: int, fragments: Sequence[int], recipe: Recipe) -> Ve
 
 def look_at(rows: pa.Table, fragment: int, recipe: Recipe) -> VectorStatistics:
     """The statistics of some rows."""
-    vectors = as_array(rows["vector"]).astype(np.float32) * np.float32(step(recipe.vector_type, recipe.dim))
+    vectors = as_vectors(rows["vector"], recipe.vector_type)
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
     off = np.abs(np.linalg.norm(np.where(finite[:, None], vectors, 0), axis=1) - 1)
-    odd: np.ndarray = finite & (off > norm_tolerance(recipe.vector_type, recipe.dim)) & recipe.normalize
+    odd: np.ndarray = finite & (off > norm_tolerance(recipe.vector_type)) & recipe.normalize
     bad = hash_ids(rows["document_id"].filter(pa.array(~finite | odd)).unique())
     good = vectors[finite].astype(np.float64)
     texts = np.ascontiguousarray(as_keys(rows["text_hash"])).view(np.uint64)[::2]

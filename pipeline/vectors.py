@@ -1,7 +1,8 @@
 """How vectors are stored in a table, and how stored ones are compared with a question.
 
-float32 and float16 as they are; int8 is 127 times the unit vector, rounded; bits are the signs of the components,
-eight to a byte, the first in the highest bit. What is read back has one number a dimension again.
+float32 and float16 as they are; int8 is the direction alone, so scaled that the largest component is 127 or -127, and
+rounded; bits are the signs of the components, eight to a byte, the first in the highest bit. What is read back has one
+number a dimension again.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,14 +39,23 @@ def column_type(dim: int, vector_type: str) -> pa.DataType:
 
 
 def vector_array(vectors: np.ndarray, vector_type: str) -> pa.FixedSizeListArray:
-    """(R, dim) float32 vectors as they are stored; unit vectors for int8. [0.6, -0.8, ...] begins with the bits 10."""
+    """(R, dim) float32 vectors as they are stored. [0.6, -0.8] has the bits 10, and is (95, -127) in int8."""
     if vector_type == "bits":
         rows = np.packbits(vectors > 0, axis=1)
     elif vector_type == "int8":
-        rows = np.clip(np.rint(vectors * 127), -127, 127).astype(np.int8)
+        rows = to_int8(vectors)
     else:
         rows = vectors.astype(vector_type)
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).ravel()), rows.shape[1])
+
+
+def to_int8(vectors: np.ndarray) -> np.ndarray:
+    """Each row in steps of a 127th of its largest component: a cosine does not see the scale. In steps of 1/127 for all
+    rows, most of a unit vector of some hundred dimensions would fall on a dozen values.
+    """
+    largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0.0)
+    rows: np.ndarray = np.rint(vectors * (127 / np.maximum(largest, 1e-12))).astype(np.int8)
+    return rows
 
 
 def as_array(vectors: pa.ChunkedArray | pa.Array) -> np.ndarray:
@@ -57,9 +67,12 @@ def as_array(vectors: pa.ChunkedArray | pa.Array) -> np.ndarray:
     return (np.unpackbits(rows, axis=1).astype(np.int8) << 1) - 1
 
 
-def step(vector_type: str, dim: int) -> float:
-    """What a 1 of `as_array` stands for in the vector."""
-    return {"int8": 1 / 127, "bits": dim**-0.5}.get(vector_type, 1.0)
+def as_vectors(vectors: pa.ChunkedArray | pa.Array, vector_type: str) -> np.ndarray:
+    """The same as the vectors that they stand for: float32, unit length again for the types that keep no length."""
+    rows = as_array(vectors).astype(np.float32)
+    if vector_type in UNIT:
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return rows
 
 
 def nearest(
