@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from strikes import ancestors, own_raylets, processes
+from strikes import ancestors, own_raylets, processes, wait_until
 from test_jobs_pretrain import STEPS, Command, same_learning, write_config
 
 from jobs.checkpoints import Checkpoints
@@ -125,6 +125,10 @@ def test_a_group_that_shrinks_and_grows_learns_the_same(machines: Machines, star
     machines.lose()
     command.wait_for_workers(1)
     print(f"goes on with one worker after {time.monotonic() - lost:.0f} s")
+    # What it learns after its last checkpoint is taken again by the group that follows.
+    kept = Checkpoints(str(command.output))
+    before = max(kept.steps(), default=0)
+    assert wait_until(lambda: max(kept.steps(), default=0) > before, 120)
     gained = time.monotonic()
     machines.gain()
     command.wait_for_workers(2)
