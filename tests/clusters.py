@@ -92,6 +92,8 @@ class Machines:
 
 
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+HEAD_TYPE = "ray.head.default"
+"""What the fake provider calls the head."""
 """What Ray's provider of pretended machines calls the head."""
 
 
@@ -122,14 +124,14 @@ class Elastic:
             },
             "auth": {},
             "docker": {},
-            "head_node_type": "head",
+            "head_node_type": HEAD_TYPE,
             "file_mounts": {},
             "cluster_synced_files": [],
             "file_mounts_sync_continuously": False,
             "rsync_exclude": [],
             "rsync_filter": [],
             "available_node_types": {
-                "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
                 "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": most},
             },
             **{f"{name}_commands": [] for name in nothing},
