@@ -194,10 +194,17 @@ class Board:
 
 
 class RaySignals(Signals):
-    """Preemption notices of Ray, and the driver's wish to stop."""
+    """Preemption notices of Ray, machines that come, and the driver's wish to stop.
 
-    def __init__(self, board: Any, *, first: bool) -> None:
-        self.board, self.first = board, first
+    Args:
+        board: see `Board`.
+        first: whether this is the first worker, which hears for all.
+        room: what one worker takes, where the group may grow.
+    """
+
+    def __init__(self, board: Any, *, first: bool, room: Mapping[str, float] | None = None) -> None:
+        self.board, self.first, self.room = board, first, room
+        self.machines = machines() if room else frozenset()
         self.answer: Any = None
         self.stopping = False
         self.looked = time.monotonic()
@@ -216,8 +223,9 @@ class RaySignals(Signals):
 
     def look(self) -> str | None:
         self.looked = time.monotonic()
-        if ray.train.collective.broadcast_from_rank_zero(self.stopping):
-            return "stop"
+        news = "stop" if self.stopping else "save" if self.first and self.room and self.has_come(self.room) else None
+        if news := ray.train.collective.broadcast_from_rank_zero(news):
+            return str(news)
         notice = ray.train.get_preemption_info()
         nodes = tuple(notice.preempted_node_ids) if notice else ()
         if nodes and nodes != self.saved_for:
@@ -226,6 +234,23 @@ class RaySignals(Signals):
             log.warning("a checkpoint is written because %d machines will be taken away", len(nodes))
             return "save"
         return None
+
+    def has_come(self, room: Mapping[str, float]) -> bool:
+        """Whether there is a new machine, and room for another worker: Ray Train will soon start a larger group from
+        the last checkpoint, without a word.
+        """
+        now = machines()
+        free = ray.available_resources() if now - self.machines else {}
+        if not free or any(free.get(name, 0) < amount for name, amount in room.items()):
+            return False
+        self.machines = now
+        log.info("a checkpoint is written because there is room for another worker")
+        return True
+
+
+def machines() -> frozenset[str]:
+    """Ids of the cluster's machines."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
 def fit(
@@ -245,6 +270,7 @@ def fit(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_S if elastic else FIXED_START_S)
     use_gpu = work.device == "cuda" or (work.device == "auto" and torch.cuda.is_available())
     cpus = work.cpus_per_worker or (1 if use_gpu else max(1, len(os.sched_getaffinity(0)) // work.workers))
+    room = {"CPU": float(cpus)} | ({"GPU": 1.0} if use_gpu else {})
     # On this machine: it must outlive the machines that leave.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
@@ -255,12 +281,13 @@ def fit(
                 "configuration": anchored(configuration.model_dump()),
                 "board": board,
                 "use_gpu": use_gpu,
+                "room": room,
                 **references,
             },
             scaling_config=ScalingConfig(
                 num_workers=work.workers if work.min_workers is None else (work.min_workers, work.workers),
                 use_gpu=use_gpu,
-                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
+                resources_per_worker=room,
                 elastic_resize_monitor_interval_s=work.resize_every_s,
             ),
             # Ray Train keeps nothing here: checkpoints are the run's own.
@@ -322,4 +349,5 @@ def member(job: Mapping[str, Any], configuration: RunSettings) -> tuple[Replicas
         ray.train.torch.get_device() if job["use_gpu"] else torch.device("cpu"),
         configuration.work.strategy,
     )
-    return replicas, RaySignals(job["board"], first=replicas.is_first)
+    grows = replicas.size < configuration.work.workers
+    return replicas, RaySignals(job["board"], first=replicas.is_first, room=job["room"] if grows else None)

@@ -160,3 +160,17 @@ def test_a_machine_that_is_announced_to_go_costs_no_checkpoint_interval(machines
     machines.stop_holding_back()
     assert command.finish(900)["status"] == "done"
     assert sizes(same_learning(command.output)) == [2, 1]
+
+
+def test_a_machine_that_comes_costs_no_checkpoint_interval(machines: Machines, start: Any) -> None:
+    """The small group writes a checkpoint when it sees that it will be replaced by a larger one."""
+    machines.lose()
+    command = start("keep.checkpoint_every=1000")
+    command.wait_for(3)
+    machines.gain()
+    command.wait_for_workers(2)
+    machines.stop_holding_back()
+    report = command.finish(900)
+    assert report["status"] == "done"
+    print(f"{report['repeated_steps']} steps were taken again")
+    assert sizes(same_learning(command.output)) == [1, 2]
