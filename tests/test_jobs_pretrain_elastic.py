@@ -165,7 +165,7 @@ def test_a_machine_that_is_announced_to_go_costs_no_checkpoint_interval(machines
 def test_a_machine_that_comes_costs_no_checkpoint_interval(machines: Machines, start: Any) -> None:
     """The small group writes a checkpoint when it sees that it will be replaced by a larger one."""
     machines.lose()
-    command = start("keep.checkpoint_every=1000")
+    command = start("keep.checkpoint_every=1000", "work.resize_every_s=20")
     command.wait_for(3)
     machines.gain()
     command.wait_for_workers(2)
