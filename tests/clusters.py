@@ -93,8 +93,7 @@ class Machines:
 
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 HEAD_TYPE = "ray.head.default"
-"""What the fake provider calls the head."""
-"""What Ray's provider of pretended machines calls the head."""
+"""What Ray's provider of pretended machines calls the head, and its kind."""
 
 
 class Elastic:
