@@ -109,6 +109,9 @@ class Elastic:
 
     def __init__(self, worker: dict[str, int], most: int, *, idle_s: float = 6, **more: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nl", dir="/tmp"))
+        from ray._private.services import get_node_ip_address
+
+        port = free_port()
         nothing = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
         config = {
             "cluster_name": "elastic",
@@ -120,6 +123,7 @@ class Elastic:
                 "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
                 "launch_multiple": True,
                 "head_node_id": HEAD_ID,
+                "gcs_address": f"{get_node_ip_address()}:{port}",
             },
             "auth": {},
             "docker": {},
@@ -136,7 +140,7 @@ class Elastic:
             **{f"{name}_commands": [] for name in nothing},
         }
         (self.folder / "config.json").write_text(json.dumps(config))
-        port, dashboard = free_port(), free_port()
+        dashboard = free_port()
         options = {
             "--port": port,
             "--dashboard-port": dashboard,
