@@ -193,13 +193,13 @@ class Place:
                 return device.name, device.dtype
             except ProcessDied:
                 self.retreat()
-        name = choose_device(self.compute.device)
+        name = choose_device(self.compute.device, self.compute.address)
         return name, dtype_of_workers(self.compute.address, name)
 
     def workers(self) -> Workers:
         if self.single is not None:
             return plan_single(self.compute, self.device_and_dtype()[0])
-        return plan_workers(self.compute, choose_device(self.compute.device))
+        return plan_workers(self.compute, choose_device(self.compute.device, self.compute.address))
 
     def retreat(self) -> Workers:
         """The single process is dead: Ray's workers, which survive what killed it."""

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-from cluster.resources import CPUS_PER_SLOT, find_machines, plan_pool, threads_here
+from cluster.resources import CPUS_PER_SLOT, bring_machine, find_machines, plan_pool, read_limits, threads_here
 from cluster.session import SPARE_CPUS, cluster_address, physical_cores
 from jobs.configuration import ComputeSettings
 from model.errors import InputError
@@ -36,14 +36,14 @@ def plan_single(compute: ComputeSettings, device: str) -> Workers:
     return Workers(1, device, physical_cores(), compute.tokens_per_batch, block_chars)
 
 
-def choose_device(asked: str) -> str:
+def choose_device(asked: str, address: str | None = None) -> str:
     """cpu or cuda for the actors of this session; "auto" takes GPUs where the session has any, or may get some.
 
     Raises:
         InputError: GPUs are asked for and there are none.
     """
     gpus = any(machine.gpus for machine in find_machines())
-    if asked == "cuda" and not gpus:
+    if asked == "cuda" and not gpus and (cluster_address(address) is None or not bring_machine(gpu=True)):
         raise InputError(NO_GPU)
     return asked if asked != "auto" else "cuda" if gpus else "cpu"
 
@@ -84,8 +84,11 @@ def plan_workers(compute: ComputeSettings, device: str) -> Workers:
         block_chars=compute.block_chars or BLOCK_CHARS[device],
     )
     if cluster_address(compute.address) is not None:
+        gpu = device == "cuda"
+        if not bring_machine(gpu=gpu):
+            raise InputError(f"the cluster has no {'GPU' if gpu else 'CPU'} for an actor, and no machine with one came")
         try:
-            pool = plan_pool(find_machines(), gpu=device == "cuda", asked=compute.actors)
+            pool = plan_pool(find_machines(), gpu=gpu, asked=compute.actors, limited=read_limits() is not None)
         except ValueError as error:
             raise InputError(f"compute.actors: {error}") from None
         return replace(

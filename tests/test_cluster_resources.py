@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.resources import CPUS_PER_SLOT, Machine, Pool, find_machines, plan_pool, threads_here
+from cluster.resources import CPUS_PER_SLOT, Machine, Pool, bring_machine, find_machines, plan_pool, threads_here
 
 HEAD = Machine(cpus=2, gpus=0, now=1, most=1)
 
@@ -36,6 +36,10 @@ def test_a_size_that_is_asked_for():
     assert plan_pool(machines, gpu=False, asked=(3, 3)) == Pool(3, 3, 3, cpus=3, gpus=0, slot=4)
     with pytest.raises(ValueError, match="6 actors will never fit on this cluster, it has 1 slots of 4 CPUs"):
         plan_pool(machines, gpu=False, asked=(1, 6))
+    # Where nobody says how far the cluster may grow, what is asked for is believed.
+    one = [Machine(4, 0, 1, 1)]
+    assert plan_pool(one, gpu=False, asked=(1, 6), limited=False) == Pool(1, 1, 6, cpus=3, gpus=0, slot=4)
+    assert plan_pool(one, gpu=False, limited=False) == Pool(1, 1, 1, cpus=2, gpus=0, slot=4)
 
 
 @given(
@@ -57,5 +61,7 @@ def test_every_pool_fits_when_the_cluster_is_whole(kinds, gpu):
 
 
 def test_a_real_session_is_one_machine(ray_session):
+    assert bring_machine(gpu=False), "it is there"
+    assert not bring_machine(gpu=True, patience_s=0.1), "and no autoscaler that would bring a GPU"
     assert find_machines() == [Machine(cpus=4, gpus=0, now=1, most=1)]
     assert threads_here(4) == threads_here(100) >= threads_here(1) >= 1

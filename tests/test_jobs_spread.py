@@ -1,5 +1,7 @@
 """How embedding is spread: over a local session by its cores, over a cluster by what it has."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from jobs import spread as spreading
@@ -30,6 +32,10 @@ def test_a_cluster_is_looked_at(monkeypatch):
     assert callable(workers.threads)
     assert workers.threads() >= 1
     assert workers.share == 1.0
+    assert spread(actors="1:3") == (1, 1, 3, 3), "an autoscaler may bring machines for them"
+    limits = SimpleNamespace(node_group_configs=[])
+    monkeypatch.setattr("cluster.resources.read_limits", lambda: limits)
+    monkeypatch.setattr(spreading, "read_limits", lambda: limits)
     with pytest.raises(InputError, match=r"compute\.actors: 2 actors will never fit on this cluster"):
         spread(actors=2)
 
@@ -37,6 +43,7 @@ def test_a_cluster_is_looked_at(monkeypatch):
 def test_device_and_precision_are_those_of_the_machines(monkeypatch):
     monkeypatch.setenv("NIGHTLOOM_ADDRESS", "auto")
     assert choose_device("auto") == choose_device("cpu") == "cpu"
+    monkeypatch.setattr(spreading, "bring_machine", lambda *, gpu: False)  # no autoscaler brings one
     with pytest.raises(InputError, match="there is no GPU here"):
         choose_device("cuda")
     assert dtype_of_workers(None, "cpu") in ("float32", "bfloat16")
