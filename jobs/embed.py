@@ -173,7 +173,8 @@ class Place:
         """Begin with what suits so many bytes of text, if nothing has begun."""
         if self.on_ray or self.single is not None:
             return
-        if is_little(self.compute, chars):
+        # What is counted is counted by Ray.
+        if is_little(self.compute, chars) and not is_collected(self.compute.address):
             self.single = self.resources.enter_context(SingleProcess())
             self.single.start()
         else:

@@ -117,7 +117,8 @@ def test_no_secret_is_written_anywhere(place):
     # Out of a profile, on another night.
     place.upload(1)
     profile = {"AWS_PROFILE": "nightly", "AWS_SHARED_CREDENTIALS_FILE": str(place.folder / "credentials")}
-    place.run("embed", source, table, *SETS, "--delete-missing", status=0, **profile)
+    on_ray = ("--set", "compute.single_chars=0")
+    place.run("embed", source, table, *SETS, *on_ray, "--delete-missing", status=0, **profile)
 
     # Failures: refused keys, no server, nothing there, a credentials file that is none.
     nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
