@@ -6,15 +6,12 @@ nor torch is started; where there is little, no Ray.
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from cluster.metrics import RayMeter, is_collected
-from cluster.session import local_cpus, session
 from jobs.configuration import EmbedConfiguration
 from jobs.plan import (
     Corpus,
@@ -30,7 +27,7 @@ from jobs.plan import (
 )
 from jobs.publish import Publication, publish, settle_letters
 from jobs.report import EmbedReport, Progress
-from jobs.spread import choose_device, dtype_of_workers, is_little, plan_single, plan_workers
+from jobs.spread import Place
 from model.errors import InputError
 from pipeline import storage
 from pipeline.apply import Applied, apply
@@ -40,11 +37,10 @@ from pipeline.ledger import RECORDS_OF_PACE, new_run, past_pace, read_records, r
 from pipeline.measures import Silent, shown_lengths
 from pipeline.probes import make_probes
 from pipeline.reuse import Former
-from pipeline.single import ProcessDied, SingleProcess
 from pipeline.table import EmbeddingTable
 from pipeline.upkeep import clean_up, compact
 from pipeline.work import Limit
-from pipeline.workers import Job, Workers
+from pipeline.workers import Job
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +69,7 @@ def run_embed(
     with (
         Lease.take(configuration.table, run) as lease,
         recorded(configuration.table, run, job, configuration=settings) as entry,
-        Place(configuration) as place,
+        Place(configuration.compute) as place,
     ):
         table = own_table(configuration, model, table, lease)
         small = is_small(files, read_columns(configuration.columns), table)
@@ -150,72 +146,6 @@ def own_table(
         if lease.crashed and not lease.crashed.is_dead():
             table.claim(lease.owner.run)
     return table
-
-
-class Place:
-    """Where the work is done, from the first `start` on until the block ends: by workers of a Ray session, or, where
-    there is little of it, by one process. A run that finds nothing to do starts neither.
-    """
-
-    def __init__(self, configuration: EmbedConfiguration) -> None:
-        self.compute = configuration.compute
-        self.resources = ExitStack()
-        self.single: SingleProcess | None = None
-        self.on_ray = False
-
-    def __enter__(self) -> "Place":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.resources.close()
-
-    def start(self, chars: int) -> None:
-        """Begin with what suits so many bytes of text, if nothing has begun."""
-        if self.on_ray or self.single is not None:
-            return
-        # What is counted is counted by Ray.
-        if is_little(self.compute, chars) and not is_collected(self.compute.address):
-            self.single = self.resources.enter_context(SingleProcess())
-            self.single.start()
-        else:
-            self.start_ray()
-
-    def start_ray(self) -> None:
-        if not self.on_ray:
-            cpus = local_cpus(self.compute.actors[1] if self.compute.actors else 1)
-            self.resources.enter_context(session(self.compute.address, num_cpus=cpus))
-            self.on_ray = True
-
-    def device_and_dtype(self) -> tuple[str, str]:
-        """What the encoder runs on, and the precision that is fastest there."""
-        if self.single is not None:
-            try:
-                device = self.single.device(self.compute.device)
-                return device.name, device.dtype
-            except ProcessDied:
-                self.retreat()
-        name = choose_device(self.compute.device, self.compute.address)
-        return name, dtype_of_workers(self.compute.address, name)
-
-    def workers(self) -> Workers:
-        if self.single is not None:
-            return plan_single(self.compute, self.device_and_dtype()[0])
-        return plan_workers(self.compute, choose_device(self.compute.device, self.compute.address))
-
-    def retreat(self) -> Workers:
-        """The single process is dead: Ray's workers, which survive what killed it."""
-        self.single = None
-        self.start_ray()
-        return self.workers()
-
-    def each(self, function: Callable[..., str], calls: list[tuple[Any, ...]]) -> list[str]:
-        """What a function gives for each list of arguments: on workers where there are any, else here."""
-        if not self.on_ray:
-            return [function(*call) for call in calls]
-        import ray
-
-        task = ray.remote(function)
-        return ray.get([task.remote(*call) for call in calls])
 
 
 def create_table(configuration: EmbedConfiguration, model: Model, corpus: Corpus, place: Place) -> EmbeddingTable:

@@ -5,18 +5,92 @@ bring. Little work is not spread at all.
 """
 
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+from cluster.metrics import is_collected
 from cluster.resources import CPUS_PER_SLOT, bring_machine, find_machines, plan_pool, read_limits, threads_here
-from cluster.session import SPARE_CPUS, cluster_address, physical_cores
+from cluster.session import SPARE_CPUS, cluster_address, local_cpus, physical_cores, session
 from jobs.configuration import ComputeSettings
 from model.errors import InputError
-from pipeline.single import NO_GPU
+from pipeline.single import NO_GPU, ProcessDied, SingleProcess
 from pipeline.workers import Workers
 
 BLOCK_CHARS = {"cpu": 400_000, "cuda": 8_000_000}
 """Characters in one unit of work: some seconds of an encoder's time, and enough documents to fill its batches."""
+
+
+class Place:
+    """Where the work is done, from the first `start` on until the block ends: by workers of a Ray session, or, where
+    there is little of it, by one process. A run that finds nothing to do starts neither.
+    """
+
+    def __init__(self, compute: ComputeSettings) -> None:
+        self.compute = compute
+        self.resources = ExitStack()
+        self.single: SingleProcess | None = None
+        self.on_ray = False
+
+    def __enter__(self) -> "Place":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.resources.close()
+
+    def start(self, chars: int) -> None:
+        """Begin with what suits so many bytes of text; with Ray after all, if it had seemed to be less."""
+        if self.on_ray:
+            return
+        # What is counted is counted by Ray.
+        if not is_little(self.compute, chars) or is_collected(self.compute.address):
+            self.start_ray()
+        elif self.single is None:
+            self.single = self.resources.enter_context(SingleProcess())
+            self.single.start()
+
+    def start_ray(self) -> None:
+        if self.single is not None:
+            self.single.close()
+            self.single = None
+        if not self.on_ray:
+            cpus = local_cpus(self.compute.actors[1] if self.compute.actors else 1)
+            self.resources.enter_context(session(self.compute.address, num_cpus=cpus))
+            self.on_ray = True
+
+    def device_and_dtype(self) -> tuple[str, str]:
+        """What the encoder runs on, and the precision that is fastest there."""
+        if self.single is not None:
+            try:
+                device = self.single.device(self.compute.device)
+                return device.name, device.dtype
+            except ProcessDied:
+                self.retreat()
+        name = choose_device(self.compute.device, self.compute.address)
+        return name, dtype_of_workers(self.compute.address, name)
+
+    def workers(self) -> Workers:
+        if self.single is not None:
+            device, _ = self.device_and_dtype()
+            if self.single is not None:  # it lives
+                return plan_single(self.compute, device)
+        return plan_workers(self.compute, choose_device(self.compute.device, self.compute.address))
+
+    def retreat(self) -> Workers:
+        """The single process is dead: Ray's workers, which survive what killed it."""
+        self.start_ray()
+        return self.workers()
+
+    def each(self, function: Callable[..., str], calls: list[tuple[Any, ...]]) -> list[str]:
+        """What a function gives for each list of arguments: on workers where there are any, else here."""
+        if not self.on_ray:
+            return [function(*call) for call in calls]
+        import ray
+
+        task = ray.remote(function)
+        return ray.get([task.remote(*call) for call in calls])
 
 
 def is_little(compute: ComputeSettings, chars: int) -> bool:

@@ -56,10 +56,14 @@ class SingleProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """End it, whatever it is doing: what it has not handed over by now is not wanted any more."""
-        if self.pid is not None and self.pid.done() and not self.pid.exception():
+        pid, self.pid = self.pid, None
+        if pid is not None and pid.done() and not pid.cancelled() and not pid.exception():
             with suppress(ProcessLookupError):
-                os.kill(self.pid.result(), signal.SIGKILL)
+                os.kill(pid.result(), signal.SIGKILL)
         self.pool.shutdown(cancel_futures=True)
 
     def start(self) -> None:
