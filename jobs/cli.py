@@ -45,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from jobs.submit import check_versions
 
                 check_versions(pins)
-            with redirect_stdout(sys.stderr):  # the report alone is on stdout: Ray prints that a machine is lost
+            # What a command means to be on stdout, it writes there; nothing else gets there: Ray prints that a machine
+            # is lost.
+            options.stdout = sys.stdout
+            with redirect_stdout(sys.stderr):
                 report = options.run(options)
     except KeyboardInterrupt:
         return complain("interrupted; what was committed stays, run again to go on", INTERRUPTED)

@@ -117,7 +117,7 @@ def run_generate(options: argparse.Namespace) -> Report:
     from jobs.generate import run_generate
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    show = None if options.json else partial(print, end="", flush=True)
+    show = None if options.json else partial(print, end="", file=options.stdout, flush=True)
     return run_generate(options.model, options.prompt, show=show, **{name: getattr(options, name) for name in names})
 
 

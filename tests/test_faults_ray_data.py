@@ -38,7 +38,12 @@ def corpus(tmp_path) -> Path:
 
 def configured(source: Path, table: Path, model: Path, *sets: str) -> EmbedConfiguration:
     given = {"source": str(source), "table": str(table), "model": str(model)}
-    return load(EmbedConfiguration, file=None, sets=[*SETS, "compute.commit_every_s=0", *sets], given=given)
+    return load(
+        EmbedConfiguration,
+        file=None,
+        sets=[*SETS, "compute.commit_every_s=0", "compute.single_chars=0", *sets],
+        given=given,
+    )
 
 
 def cut_after(fragments: int, patch: pytest.MonkeyPatch) -> None:
