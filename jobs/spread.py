@@ -16,7 +16,7 @@ from cluster.resources import CPUS_PER_SLOT, bring_machine, find_machines, plan_
 from cluster.session import SPARE_CPUS, cluster_address, local_cpus, physical_cores, session
 from jobs.configuration import ComputeSettings
 from model.errors import InputError
-from pipeline.single import NO_GPU, ProcessDied, SingleProcess
+from pipeline.single import NO_GPU, ProcessDied, SingleProcess, best_dtype
 from pipeline.workers import Workers
 
 BLOCK_CHARS = {"cpu": 400_000, "cuda": 8_000_000}
@@ -120,15 +120,6 @@ def choose_device(asked: str, address: str | None = None) -> str:
     if asked == "cuda" and not gpus and (cluster_address(address) is None or not bring_machine(gpu=True)):
         raise InputError(NO_GPU)
     return asked if asked != "auto" else "cuda" if gpus else "cpu"
-
-
-def best_dtype(device: str) -> str:
-    """The dtype that a device multiplies fastest."""
-    import torch
-
-    from model.embedder import choose_dtype
-
-    return str(choose_dtype("auto", torch.device(device))[0]).removeprefix("torch.")
 
 
 def dtype_of_workers(address: str | None, device: str) -> str:

@@ -114,6 +114,7 @@ def apply(
     """
     journal = Journal(table, keys, plan, job.run, letters, probes, off, job.meter(table.uri))
     left = list(plan.work)
+    watch: Any = None
     try:
         if single is not None:
             try:
@@ -125,34 +126,26 @@ def apply(
                 log.warning("%s; Ray's workers do the rest", death)
                 left, job = left[single.completed :], replace(job, workers=workers())
         if left:
-            embed_on_ray(job, left, journal, limit, advance)
+            journal.meter.set(actors=job.workers.actors)
+            journal.applied.actors = job.workers.actors
+            watch = start_watch(job.workers.actors)
+            journal.take(written_fragments(job, left, watch), job.commit_every_s, limit, advance)
     except Refused as refusal:
         journal.applied.refused = str(refusal)
     finally:
         journal.commit()
     applied = journal.applied
+    if watch is not None:  # asked last: by then everything is committed, whatever became of Ray
+        import ray
+
+        applied.wasted_tokens = ray.get(watch.wasted.remote())
+        journal.meter.add(wasted_tokens=applied.wasted_tokens)
     applied.missing = int((~journal.done).sum())
     if applied.stopped or applied.refused:
         applied.left = max(applied.missing - len(applied.dead), 0)
         applied.missing -= applied.left
         applied.stopped = applied.stopped if applied.left else ""
     return applied
-
-
-def embed_on_ray(
-    job: Job, work: Sequence[WorkTable], journal: "Journal", limit: Limit, advance: Callable[[int, int, int], None]
-) -> None:
-    """The distributed part: what workers write goes into the journal. Needs a Ray session."""
-    import ray
-
-    journal.meter.set(actors=job.workers.actors)
-    journal.applied.actors = job.workers.actors
-    watch = start_watch(job.workers.actors)
-    try:
-        journal.take(written_fragments(job, work, watch), job.commit_every_s, limit, advance)
-    finally:
-        journal.applied.wasted_tokens = ray.get(watch.wasted.remote())
-        journal.meter.add(wasted_tokens=journal.applied.wasted_tokens)
 
 
 def with_pauses(rows: Generator[dict[str, Any]], pause_s: float) -> Iterator[dict[str, Any] | None]:

@@ -128,12 +128,21 @@ def import_torch() -> None:
 def find_device(asked: str) -> Device:
     import torch
 
-    from model.embedder import choose_dtype
+    from model.embedder import choose_device
 
     if asked == "cuda" and not torch.cuda.is_available():
         raise InputError(NO_GPU)
-    name = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return Device(name, str(choose_dtype("auto", torch.device(name))[0]).removeprefix("torch."))
+    name = choose_device(asked).type
+    return Device(name, best_dtype(name))
+
+
+def best_dtype(device: str) -> str:
+    """The dtype that a device multiplies fastest."""
+    import torch
+
+    from model.embedder import choose_dtype
+
+    return str(choose_dtype("auto", torch.device(device))[0]).removeprefix("torch.")
 
 
 EMBEDDERS: dict[str, EmbedAndWrite] = {}
