@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,11 @@ LONGEST_SENTENCE = 60
 HEADING_TOKENS, SENTENCE_TOKENS, QUESTION_TOKENS = 24, 96, 48
 SAME_SOURCE = 32
 """So many pairs of a batch in a row come from one source: wrong answers of the same kind."""
+NEAR = 16
+"""So many pairs in a row are near each other, where a batch asks for that: wrong answers that one could mistake."""
+CANDIDATES, SKETCH_DIM, SKETCH_TOKENS = 3000, 64, 256
+TWIN = 0.93
+"""Sections more alike than this may answer the same question: never together as near ones."""
 
 
 def runs(text: str) -> Iterator[int]:
@@ -121,6 +127,8 @@ def write_units(sections: str, tokenizer_folder: str, out: str, held_out: Iterab
 
 
 Pair = tuple[np.ndarray, np.ndarray]
+Place = tuple[int, int, np.ndarray]
+"""The first sentence, the one after the last, and what heads them."""
 
 
 class Pairs:
@@ -145,24 +153,77 @@ class Pairs:
             usable = np.flatnonzero((sources == source) & (lengths > 8))
             weights = np.minimum(lengths[usable], 2000) ** 0.75
             self.sections[source], self.chances[source] = usable, np.cumsum(weights) / weights.sum()
+        self.sketches = self.sketch(size)
         present = [source for source in SHARES if len(self.sections[source])]
         self.names, self.shares = present, np.array([SHARES[s] for s in present]) / sum(SHARES[s] for s in present)
 
-    def batch(self, seed: int, step: int, size: int, limit: int = 160) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Questions and passages of at most about `limit` tokens; question i belongs to passage i."""
+    def sketch(self, vocabulary: int) -> np.ndarray:
+        """(sections, SKETCH_DIM): rare tokens of the beginnings on random directions, unit length."""
+        counts = np.bincount(self.tokens, minlength=vocabulary) + 1.0
+        rarity = np.log(counts.sum() / counts)[:, None]
+        directions = (np.random.default_rng(0).standard_normal((vocabulary, SKETCH_DIM)) * rarity).astype(np.float32)
+        found = np.zeros((len(self.starts) - 1, SKETCH_DIM), np.float32)
+        for i, (first, end) in enumerate(
+            zip(self.offsets[self.starts[:-1]], self.offsets[self.starts[1:]], strict=True)
+        ):
+            found[i] = directions[np.unique(self.tokens[first : min(end, first + SKETCH_TOKENS)])].sum(0)
+        found -= found.mean(0)
+        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
+
+    def batch(
+        self, seed: int, step: int, size: int, limit: int = 160, *, near: float = 0.0
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[str]]:
+        """Questions and passages of at most about `limit` tokens, and their sources; question i belongs to passage i.
+
+        A share `near` of the runs of pairs from one source (not of dictionaries) are sections about similar things,
+        or pieces of the same long section.
+        """
         rng = np.random.default_rng((seed, step))
         pairs: list[Pair] = []
+        sources: list[str] = []
         while len(pairs) < size:
             source = self.names[rng.choice(len(self.names), p=self.shares)]
-            drawn = [self.draw(source, rng, limit) for _ in range(min(SAME_SOURCE, size - len(pairs)))]
-            pairs += [pair for pair in drawn if len(pair[0]) and len(pair[1])]
-        return [question for question, _ in pairs], [passage for _, passage in pairs]
+            num = min(SAME_SOURCE, size - len(pairs))
+            if source in DICTIONARIES or rng.random() >= near:
+                places = [self.place(self.section(source, rng)) for _ in range(num)]
+            else:
+                places = [place for _ in range(0, num, NEAR) for place in self.near(source, rng, limit)][:num]
+            drawn = [self.draw(source, *place, rng, limit) for place in places]
+            drawn = [pair for pair in drawn if len(pair[0]) and len(pair[1])]
+            pairs += drawn
+            sources += [source] * len(drawn)
+        return [question for question, _ in pairs], [passage for _, passage in pairs], sources
 
-    def draw(self, source: str, rng: np.random.Generator, limit: int) -> Pair:
+    def section(self, source: str, rng: np.random.Generator) -> int:
         chances = self.chances[source]
-        section = int(self.sections[source][min(np.searchsorted(chances, rng.random()), len(chances) - 1)])
-        first, end = int(self.starts[section]), int(self.starts[section + 1])
+        return int(self.sections[source][min(np.searchsorted(chances, rng.random()), len(chances) - 1)])
+
+    def place(self, section: int) -> Place:
         heading = self.heading_tokens[self.heading_offsets[section] : self.heading_offsets[section + 1]]
+        return int(self.starts[section]), int(self.starts[section + 1]), heading
+
+    def near(self, source: str, rng: np.random.Generator, limit: int) -> list[Place]:
+        """Some places that a question could mistake for each other: at most NEAR, fewer in a small source."""
+        seed = self.section(source, rng)
+        first, end, heading = self.place(seed)
+        pieces = min(NEAR, int(self.offsets[end] - self.offsets[first]) // limit)
+        if pieces > NEAR // 2:  # its heading would ask for every piece
+            edges = np.linspace(first, end, pieces + 1).astype(int)
+            return [(int(a), int(b), heading[:0]) for a, b in pairwise(edges) if b > a]
+        chances = self.chances[source]
+        drawn = np.minimum(np.searchsorted(chances, rng.random(CANDIDATES)), len(chances) - 1)
+        others = np.unique(self.sections[source][drawn])
+        alike = self.sketches[others] @ self.sketches[seed]
+        chosen = others[np.argsort(-alike)][: 4 * NEAR]
+        kept = [seed]
+        for section in chosen:
+            if len(kept) < NEAR and (self.sketches[kept] @ self.sketches[section]).max() < TWIN:
+                kept.append(int(section))
+        return [self.place(section) for section in kept]
+
+    def draw(
+        self, source: str, first: int, end: int, heading: np.ndarray, rng: np.random.Generator, limit: int
+    ) -> Pair:
         if source in DICTIONARIES or end - first == 1:
             return self.definition(heading, self.text(range(first, end))[:limit], source in DICTIONARIES, rng)
         middle = int(rng.integers(first, end))

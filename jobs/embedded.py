@@ -146,10 +146,7 @@ def random_twin(model: str, *, seed: int = 0) -> Iterator[str]:
                 encoder,
                 Path(place) / "model",
                 tokenizer_from=folder.path,
-                pooling=folder.pooling,
-                normalize=folder.normalize,
-                prompts=folder.prompts,
-                max_tokens=folder.max_tokens,
+                **folder.sentence_options(),
             )
         )
 

@@ -95,10 +95,7 @@ def run_quantize(
             quantize(load_encoder(folder)),
             Path(temporary) / "model",
             tokenizer_from=folder.path,
-            pooling=folder.pooling,
-            normalize=folder.normalize,
-            prompts=folder.prompts,
-            max_tokens=folder.max_tokens,
+            **folder.sentence_options(),
         )
         vectors = Embedder(made, device="cpu").encode(texts, normalize_embeddings=True)
         found = compare(vectors, exact)

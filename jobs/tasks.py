@@ -216,15 +216,21 @@ class VectorTuning(Tuning):
         return lambda vectors, scale: learn(vectors)
 
     def write(self, state: State, path: str | Path) -> Path:
-        start = self.configuration.model
+        start, prompts = self.configuration.model, prompts_of(self.configuration, self.folder)
+        default = self.folder.default_prompt_name
+        told = {
+            "pooling": start.pooling or self.folder.pooling,
+            "normalize": start.normalize,
+            "prompts": prompts,
+            "default_prompt_name": default if default in prompts else None,
+            "max_tokens": start.max_tokens or self.folder.max_tokens,
+            "truncate_dim": None,  # what follows from the dimensions that were trained
+        }
         return save_folder(
             state.encoder,
             path,
             tokenizer_from=self.folder.path,
-            pooling=start.pooling or self.folder.pooling,
-            normalize=start.normalize,
-            prompts=prompts_of(self.configuration, self.folder),
-            max_tokens=start.max_tokens or self.folder.max_tokens,
+            **self.folder.sentence_options() | told,
             dtype=getattr(torch, start.save_dtype),
         )
 

@@ -61,6 +61,19 @@ class ModelFolder:
         """Length of a vector."""
         return min(self.truncate_dim or self.config.hidden_size, self.config.hidden_size)
 
+    def sentence_options(self) -> dict[str, Any]:
+        """What `save_folder` must be told so that another folder makes vectors of sentences in the same way."""
+        names = (
+            "pooling",
+            "normalize",
+            "prompts",
+            "default_prompt_name",
+            "include_prompt",
+            "max_tokens",
+            "truncate_dim",
+        )
+        return {name: getattr(self, name) for name in names}
+
 
 def resolve_folder(folder_or_id: str | os.PathLike[str]) -> Path:
     """A local folder as it is, or a hub id fetched with `huggingface_hub` (safetensors and JSON only).

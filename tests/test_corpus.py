@@ -1,5 +1,6 @@
 """Training pairs out of structure: what a page's sections are, which sentences stay out, how a pair is drawn."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from corpus.pairs import RUN, Pairs, runs, sentences, told_headings, write_units
+from corpus.pairs import NEAR, RUN, TWIN, Pairs, runs, sentences, told_headings, write_units
 from corpus.structure import page_sections, split_of
 
 PAGE = """<html><head><title>no</title></head><body><h1>2.1. Of <em>foxes</em>&para;</h1><p>The fox is quick.</p>
@@ -81,6 +82,38 @@ def test_a_batch_follows_from_seed_and_step(drawn: tuple[Path, str], tiny_tokeni
     assert any(not np.array_equal(a, b) for a, b in zip(first[1], other[1], strict=True))
     assert len(first[0]) == len(first[1]) == 40
     assert all(0 < len(passage) <= 160 + 24 for passage in first[1])
+
+
+def test_near_places_are_hard_to_tell_apart_and_not_the_same(
+    drawn: tuple[Path, str], tiny_tokenizer_folder: Path
+) -> None:
+    pairs = Pairs(str(drawn[0]), str(tiny_tokenizer_folder))
+    (source,) = pairs.names
+    for seed in range(20):
+        places = pairs.near(source, np.random.default_rng(seed), 160)
+        sections = np.searchsorted(pairs.starts, [first for first, _, _ in places])
+        assert 1 < len(set(sections)) == len(places) <= NEAR
+        alike = pairs.sketches[sections] @ pairs.sketches[sections].T
+        assert alike[~np.eye(len(places), dtype=bool)].max() < TWIN
+        assert alike[0, 1:].tolist() == sorted(alike[0, 1:], reverse=True)
+    first, again = (pairs.batch(7, 3, 40, near=1.0) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first[0] + first[1], again[0] + again[1], strict=True))
+    assert first[2] == [source] * 40
+
+
+def test_a_long_section_is_cut_into_pieces_without_its_heading(
+    drawn: tuple[Path, str], tiny_tokenizer_folder: Path
+) -> None:
+    pairs = Pairs(str(drawn[0]), str(tiny_tokenizer_folder))
+    (source,) = pairs.names
+    pairs.starts = pairs.starts[[0, -1]]  # one section, of everything
+    pairs.sections[source], pairs.chances[source] = np.array([0]), np.array([1.0])
+    pieces = pairs.near(source, np.random.default_rng(0), 40)
+    assert len(pieces) == NEAR
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == pairs.starts[-1]
+    assert all(before[1] == after[0] for before, after in pairwise(pieces))
+    assert all(len(heading) == 0 for _, _, heading in pieces)
 
 
 def test_thinning_keeps_whole_words(drawn: tuple[Path, str], tiny_tokenizer_folder: Path) -> None:

@@ -15,7 +15,8 @@ from model import Embedder
 from model.batch import pack
 from model.config import EncoderConfig
 from model.encoder import Encoder, init_weights
-from models.make_small import make_tokenizer, moved_embedding, save, tune, widen, word_table
+from model.pooling import normalize
+from models.make_small import make_tokenizer, moved_embedding, save, soft_contrast, tune, widen, word_table
 
 SHAPE = EncoderConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_tokens=512)
 
@@ -82,6 +83,22 @@ def test_words_are_learned_as_bags(units: str, tiny_tokenizer_folder: Path, caps
     table = word_table(Pairs(units, str(tiny_tokenizer_folder)), 400, steps=1)
     assert table.shape == (400, 128)
     assert '"step": 1' in capsys.readouterr().out
+
+
+def test_a_teacher_pulls_towards_what_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    passages = normalize(torch.randn(12, 24, generator=generator))
+    taught = normalize(torch.randn(12, 24, generator=generator)) @ passages.T
+    questions = torch.randn(12, 24, generator=generator, requires_grad=True)
+    losses = []
+    for _ in range(200):
+        loss = soft_contrast(normalize(questions), passages, taught)
+        losses.append(float(loss))
+        (gradient,) = torch.autograd.grad(loss, questions)
+        with torch.no_grad():
+            questions -= 5 * gradient
+    assert losses[0] > 1
+    assert 0 <= losses[-1] < 0.05
 
 
 def test_a_tuning_that_was_cut_in_two_ends_the_same(units: str, tiny_tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -178,6 +178,18 @@ def test_saved_here_loads_in_sentence_transformers(
         np.testing.assert_allclose(ours.encode(TEXTS, **options), expected, rtol=0, atol=TOLERANCE)
 
 
+def test_what_a_folder_says_of_sentences_goes_on(tmp_path: Path, tiny_tokenizer_folder: Path) -> None:
+    """As another folder is made of one: with int8 weights, after tuning, at random weights."""
+    told = {"pooling": "cls", "normalize": True, "prompts": {"query": "find: "}, "default_prompt_name": "query"}
+    told |= {"include_prompt": False, "max_tokens": 77, "truncate_dim": 16}
+    first = save_folder(randomise(Encoder(shape())), tmp_path / "a", tokenizer_from=tiny_tokenizer_folder, **told)
+    options = read_folder(first).sentence_options()
+    assert options == told
+    second = save_folder(load_encoder(read_folder(first)), tmp_path / "b", tokenizer_from=first, **options)
+    assert read_folder(second).sentence_options() == told
+    np.testing.assert_array_equal(Embedder(second).encode(TEXTS), Embedder(first).encode(TEXTS))
+
+
 @pytest.mark.parametrize(
     "pooling, include_prompt",
     [
