@@ -72,6 +72,8 @@ class VectorSettings(Settings):
     """Precision of the arithmetic; auto: what the table was begun with, or what the device multiplies fastest."""
     type: Literal["float32", "float16", "int8", "bits"] = "float32"
     """How vectors are stored; int8 has 127 for a vector's largest component, bits the signs of its components."""
+    also: Annotated[tuple[Literal["int8", "bits"], ...], BeforeValidator(as_names)] = ()
+    """Cheaper forms to keep in columns of their own, for a search to choose by."""
     dim: int | None = Field(default=None, gt=0)
     """Keep the first dimensions only (Matryoshka); by default all that the model gives."""
     normalize: bool | None = None

@@ -152,7 +152,7 @@ def create_table(configuration: EmbedConfiguration, model: Model, corpus: Corpus
     """The empty table of a first run. `place` has started: it knows what the vectors' precision is to be."""
     vectors = configuration.vectors
     dtype = vectors.dtype if vectors.dtype != "auto" else place.device_and_dtype()[1]
-    recipe = make_recipe(model, dtype=dtype, vector_type=vectors.type)
+    recipe = make_recipe(model, vectors, dtype=dtype)
     return EmbeddingTable.create(
         configuration.table, recipe, model=lasting_name(configuration.model), carried=corpus.carried
     )

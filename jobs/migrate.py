@@ -47,7 +47,7 @@ def run_migrate(configuration: EmbedConfiguration, **how: Any) -> EmbedReport:
     if under_way is not None and differs(configuration, under_way):
         vectors = configuration.vectors
         dtype = under_way.recipe.dtype if vectors.dtype == "auto" else vectors.dtype
-        recipe = make_recipe(model, dtype=dtype, vector_type=vectors.type)
+        recipe = make_recipe(model, vectors, dtype=dtype)
         raise InputError(
             f"a migration of {uri} to another recipe is under way ({'; '.join(under_way.recipe.difference(recipe))}): "
             f"finish it with its own settings, or remove {under_way.uri} to give it up"
@@ -69,7 +69,7 @@ def differs(configuration: EmbedConfiguration, table: EmbeddingTable) -> bool:
     """Whether the configuration stands for another recipe than the table's."""
     vectors = configuration.vectors
     dtype = table.recipe.dtype if vectors.dtype == "auto" else vectors.dtype
-    recipe = make_recipe(read_model(configuration), dtype=dtype, vector_type=vectors.type)
+    recipe = make_recipe(read_model(configuration), vectors, dtype=dtype)
     return recipe.fingerprint() != table.fingerprint
 
 

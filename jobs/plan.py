@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.session import local_cpus, session
-from jobs.configuration import ColumnSettings, EmbedConfiguration
+from jobs.configuration import ColumnSettings, EmbedConfiguration, VectorSettings
 from jobs.report import clock, line
 from model.errors import InputError
 from model.folder import (
@@ -37,7 +37,7 @@ from pipeline.storage import SourceFile, is_s3, list_sources, local_model, promo
 from pipeline.survey import Options, Plan, RayTasks, Tasks, make_plan
 from pipeline.table import NEXT, EmbeddingTable
 from pipeline.tokens import TokenizeStage
-from pipeline.vectors import check_type
+from pipeline.vectors import check_also, check_type
 from pipeline.work import read_work
 
 SMALL_CORPUS_BYTES = 64_000_000
@@ -102,7 +102,9 @@ def read_model(configuration: EmbedConfiguration) -> Model:
     if vectors.dim is not None and vectors.dim > folder.dim:
         raise InputError(f"vectors.dim is {vectors.dim}, the model gives {folder.dim}")
     normalize = folder.normalize if vectors.normalize is None else vectors.normalize
-    check_type(vectors.type, vectors.dim or folder.dim, normalize=normalize)
+    dim = vectors.dim or folder.dim
+    check_type(vectors.type, dim, normalize=normalize)
+    check_also(vectors.also, vectors.type, dim, normalize=normalize)
     name = vectors.prompt_name or folder.default_prompt_name
     if vectors.prompt is None and name is not None and name not in folder.prompts:
         raise InputError(f"{folder.path} has no prompt {name!r}; it has {', '.join(sorted(folder.prompts)) or 'none'}")
@@ -110,11 +112,11 @@ def read_model(configuration: EmbedConfiguration) -> Model:
     prompt_tokens = len(tokenizer.encode(prompt, add_special_tokens=False).ids) if prompt else 0
     chunking = ChunkingConfig(**configuration.chunking.model_dump()).settle(folder.max_tokens, prompt_tokens)
     path = configuration.model if is_s3(configuration.model) else folder_path
-    return Model(path, folder, chunking, prompt, normalize, vectors.dim or folder.dim)
+    return Model(path, folder, chunking, prompt, normalize, dim)
 
 
-def make_recipe(model: Model, *, dtype: str, vector_type: str) -> Recipe:
-    """The recipe of a model so used."""
+def make_recipe(model: Model, vectors: VectorSettings, *, dtype: str) -> Recipe:
+    """The recipe of a model so used; `dtype` says what an "auto" in the settings stands for."""
     chunking = model.chunking
     pooled = model.folder.pooling
     if model.prompt and not model.folder.include_prompt:
@@ -132,9 +134,10 @@ def make_recipe(model: Model, *, dtype: str, vector_type: str) -> Recipe:
         chunk_tokens=chunking.chunk_tokens,
         context=chunking.context,
         dtype=dtype,
-        vector_type=vector_type,
+        vector_type=vectors.type,
         dim=model.dim,
-        code=CODE_VERSIONS.get(vector_type, CODE_VERSION),
+        code=CODE_VERSIONS.get(vectors.type, CODE_VERSION),
+        also=check_also(vectors.also, vectors.type, model.dim, normalize=model.normalize),
     ).settled()
 
 
@@ -155,7 +158,7 @@ def open_table(configuration: EmbedConfiguration, model: Model) -> EmbeddingTabl
         return None
     vectors = configuration.vectors
     dtype = table.recipe.dtype if vectors.dtype == "auto" else vectors.dtype
-    table.require(make_recipe(model, dtype=dtype, vector_type=vectors.type))
+    table.require(make_recipe(model, vectors, dtype=dtype))
     carry = list(configuration.columns.carry)
     if sorted(table.carried) != sorted(carry):
         raise InputError(

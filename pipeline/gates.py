@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.keys import Keys, as_keys, hash_ids
 from pipeline.recipe import Recipe
 from pipeline.table import EmbeddingTable, table_schema
-from pipeline.vectors import as_vectors
+from pipeline.vectors import also_column, as_array, as_vectors, vector_array
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class VectorStatistics:
     rows: int = 0
     not_finite: int = 0
     odd_length: int = 0
+    disagreeing: int = 0
+    """Rows one of whose cheaper forms is not that of their vector."""
     farthest: float = 0.0
     """Largest difference of a length from 1."""
     bad: Keys = field(default_factory=Keys.empty)
@@ -67,6 +69,7 @@ class VectorStatistics:
         self.rows += other.rows
         self.not_finite += other.not_finite
         self.odd_length += other.odd_length
+        self.disagreeing += other.disagreeing
         self.farthest = max(self.farthest, other.farthest)
         if len(other.bad.ids):
             ids = np.concatenate([self.bad.ids, other.bad.ids])[:MOST_REMOVED]
@@ -107,7 +110,7 @@ def scan(uri: str, version: int, fragments: Sequence[int], recipe: Recipe) -> Ve
     total = VectorStatistics()
     for number in fragments:
         fragment = dataset.get_fragment(number)
-        columns = ["document_id", "chunk", "text_hash", "vector"]
+        columns = ["document_id", "chunk", "text_hash", *map(also_column, recipe.also), "vector"]
         for batch in fragment.to_batches(columns=columns, batch_size=ROWS_PER_BATCH):
             total.add(look_at(pa.Table.from_batches([batch]), number, recipe))
     return total
@@ -119,7 +122,14 @@ def look_at(rows: pa.Table, fragment: int, recipe: Recipe) -> VectorStatistics:
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
     off = np.abs(np.linalg.norm(np.where(finite[:, None], vectors, 0), axis=1) - 1)
     odd: np.ndarray = finite & (off > norm_tolerance(recipe.vector_type)) & recipe.normalize
-    bad = hash_ids(rows["document_id"].filter(pa.array(~finite | odd)).unique())
+    disagree = np.zeros(len(rows), bool)
+    for name in recipe.also:
+        kept, due = (
+            as_array(rows[also_column(name)]),
+            as_array(vector_array(np.where(finite[:, None], vectors, 0), name)),
+        )
+        disagree |= finite & (kept != due).any(axis=1)
+    bad = hash_ids(rows["document_id"].filter(pa.array(~finite | odd | disagree)).unique())
     good = vectors[finite].astype(np.float64)
     texts = np.ascontiguousarray(as_keys(rows["text_hash"])).view(np.uint64)[::2]
     draws = texts ^ ((rows["chunk"].to_numpy().astype(np.uint64) + np.uint64(2)) * np.uint64(0x9E3779B97F4A7C15))
@@ -127,6 +137,7 @@ def look_at(rows: pa.Table, fragment: int, recipe: Recipe) -> VectorStatistics:
         rows=len(rows),
         not_finite=int((~finite).sum()),
         odd_length=int(odd.sum()),
+        disagreeing=int(disagree.sum()),
         farthest=float(off[finite].max(initial=0.0)) if recipe.normalize else 0.0,
         bad=Keys(bad, bad, np.full(len(bad), fragment, np.int64)),
         sums_D=good.sum(axis=0),
@@ -215,10 +226,11 @@ def check_vectors(table: EmbeddingTable, off: Iterable[str], *, run: str) -> Ver
     Args:
         off: gates that are not to refuse anything.
     """
-    expected = table_schema(table.recipe.dim, table.recipe.vector_type).field("vector").type
-    if table.schema.field("vector").type != expected:
-        kind = table.schema.field("vector").type
-        return Verdict({}, [f"vectors: the column is {kind}, the recipe promises {expected}"])
+    due = table_schema(table.recipe.dim, table.recipe.vector_type, also=table.recipe.also)
+    for name in ("vector", *map(also_column, table.recipe.also)):
+        kind, expected = table.schema.field(name).type, due.field(name).type
+        if kind != expected:
+            return Verdict({}, [f"vectors: the column {name} is {kind}, the recipe promises {expected}"])
     seen = scan_unpublished(table)
     identical, texts = seen.identical()
     dead, smallest_variance = seen.dead_dimensions()
@@ -226,6 +238,7 @@ def check_vectors(table: EmbeddingTable, off: Iterable[str], *, run: str) -> Ver
         "rows": seen.rows,
         "not_finite": seen.not_finite,
         "odd_length": seen.odd_length,
+        "disagreeing": seen.disagreeing,
         "farthest_length": round(seen.farthest, 7),
         "identical": round(identical, 6),
         "texts_compared": texts,
@@ -238,7 +251,9 @@ def check_vectors(table: EmbeddingTable, off: Iterable[str], *, run: str) -> Ver
         removed = remove(table, seen.bad, run)
         refused.append(
             f"vectors: of {seen.rows} {seen.not_finite} are not finite, {seen.odd_length} not of length 1 (off by up "
-            f"to {seen.farthest:.2g}); their {removed} documents are taken out, the next run embeds them again"
+            f"to {seen.farthest:.2g})"
+            + (f", {seen.disagreeing} unlike a cheaper form beside them" if seen.disagreeing else "")
+            + f"; their {removed} documents are taken out, the next run embeds them again"
         )
     if texts >= FEWEST_TEXTS and "collapse" not in off:
         if identical > MOST_IDENTICAL:

@@ -50,6 +50,9 @@ class Recipe:
     dim: int
     """Length of a vector."""
     code: int = CODE_VERSION
+    also: tuple[str, ...] = ()
+    """Cheaper forms of the vectors that are kept beside them; left out of the JSON where there are none, as it was
+    before there could be."""
 
     def settled(self) -> "Recipe":
         """The same recipe without the settings that cannot matter."""
@@ -70,7 +73,10 @@ class Recipe:
         return [f"{name}: {shown(mine[name])} -> {shown(theirs[name])}" for name in mine if mine[name] != theirs[name]]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        values = asdict(self)
+        if not self.also:
+            del values["also"]
+        return json.dumps(values, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Recipe":
@@ -84,14 +90,16 @@ class Recipe:
         except ValueError as error:
             raise InputError(f"the recipe of the table is not JSON ({error})") from None
         known = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) != known:
+        if not isinstance(values, dict) or set(values) | {"also"} != known:
             odd = sorted(set(values) ^ known) if isinstance(values, dict) else [type(values).__name__]
             raise InputError(f"the recipe of the table was written by another version of nightloom (field {odd[0]})")
-        return cls(**values)
+        return cls(**values | {"also": tuple(values.get("also", ()))})
 
 
 def shown(value: object) -> str:
     """A value as an error message shows it: long hashes shortened, text quoted."""
     if isinstance(value, str):
         return value[:12] if len(value) >= 32 and all(c in "0123456789abcdef" for c in value) else repr(value)
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value)) or "none"
     return str(value)

@@ -21,9 +21,10 @@ from pipeline import storage
 from pipeline.chunks import WHOLE
 from pipeline.keys import Keys, as_keys, hash_ids, is_among
 from pipeline.lease import Lease
+from pipeline.nearest import search
 from pipeline.packing import look_ahead
 from pipeline.recipe import Recipe
-from pipeline.vectors import column_type, nearest
+from pipeline.vectors import also_array, also_column, column_type
 
 PUBLISHED = "published"
 NEXT, PAGE = "_next.lance", "_report.html"
@@ -42,7 +43,12 @@ CHUNK_HASH = "chunk_hash"
 
 
 def table_schema(
-    dim: int, vector_type: str, carried: Sequence[pa.Field] = (), *, chunk_hash: bool = False
+    dim: int,
+    vector_type: str,
+    carried: Sequence[pa.Field] = (),
+    *,
+    also: Sequence[str] = (),
+    chunk_hash: bool = False,
 ) -> pa.Schema:
     """Columns of a table with vectors of length `dim`, followed by the source columns that are carried along."""
     columns = [
@@ -53,6 +59,7 @@ def table_schema(
         *([pa.field(CHUNK_HASH, pa.binary(16))] if chunk_hash else []),
         pa.field("source", pa.string()),
         pa.field("run", pa.string(), nullable=False),
+        *(pa.field(also_column(name), column_type(dim, name), nullable=False) for name in also),
         pa.field("vector", column_type(dim, vector_type), nullable=False),
     ]
     names = {column.name for column in columns}
@@ -126,7 +133,8 @@ class EmbeddingTable:
         recipe = recipe.settled()
         metadata = {RECIPE_KEY: recipe.to_json(), FINGERPRINT_KEY: recipe.fingerprint(), MODEL_KEY: model}
         alone = recipe.context == "none"  # a chunk's vector is a function of its own tokens: `pipeline.reuse`
-        schema = table_schema(recipe.dim, recipe.vector_type, carried, chunk_hash=alone).with_metadata(metadata)
+        schema = table_schema(recipe.dim, recipe.vector_type, carried, also=recipe.also, chunk_hash=alone)
+        schema = schema.with_metadata(metadata)
         options = storage.lance_options(uri)
         try:
             dataset = lance.write_dataset(
@@ -324,25 +332,9 @@ class EmbeddingTable:
             vector: float of shape (dim,), of any length.
 
         Returns:
-            The table's columns but the vector, and `score` (float32, the cosine). Ties stand in the order of ids.
+            As `pipeline.nearest.search`.
         """
-        columns = [name for name in self.schema.names if name != "vector"]
-        kind = self.schema.field("vector").type.value_type
-        if pa.types.is_floating(kind):
-            query = {
-                "column": "vector",
-                "q": vector.astype(kind.to_pandas_dtype()),
-                "k": k,
-                "metric": "cosine",
-                "use_index": False,
-            }
-            found = self.dataset.scanner(columns=[*columns, "_distance"], nearest=query).to_table()
-            scores = np.clip(1 - found["_distance"].to_numpy(), -1, 1)
-            found = found.drop_columns("_distance").append_column("score", pa.array(scores, pa.float32()))
-        else:  # Lance compares floats only
-            batches = self.dataset.to_batches(columns=[*columns, "vector"])
-            found = nearest(self.schema, batches, columns, vector, k)
-        return found.sort_by([("score", "descending"), ("document_id", "ascending"), ("chunk", "ascending")])
+        return search(self.dataset, vector, k, self.recipe.also)
 
     def count_documents(self) -> int:
         """Documents of this version; reads one small column. Every document has one first row."""
@@ -351,14 +343,19 @@ class EmbeddingTable:
 
 
 def write_fragment(uri: str, rows: pa.Table, run: str) -> str:
-    """Write finished rows (without the column `run`) as one fragment of the table; runs on any worker.
+    """Write finished rows (without the column `run` and cheaper forms of the vectors) as one fragment of the table;
+    runs on any worker.
 
     Returns:
         The fragment as JSON, for `EmbeddingTable.commit`. Until then the file counts for nothing.
     """
     dataset = lance.dataset(uri, storage_options=storage.lance_options(uri))
     schema = dataset.schema
+    recipe = Recipe.from_json(schema.metadata[RECIPE_KEY.encode()])
     rows = rows.append_column("run", pa.array([run] * len(rows), pa.string()))
+    stored = rows["vector"].combine_chunks()
+    for name in recipe.also:
+        rows = rows.append_column(also_column(name), also_array(stored, recipe.vector_type, name))
     rows = pa.table({field.name: rows[field.name].cast(field.type) for field in schema}, schema=schema)
     # One call, one fragment: a document must not be split over two files of which only one may survive.
     fragments = write_fragments(rows, dataset, mode="append", max_rows_per_file=2**31 - 1)

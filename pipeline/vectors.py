@@ -1,11 +1,12 @@
-"""How vectors are stored in a table, and how stored ones are compared with a question.
+"""How vectors are stored in a table.
 
 float32 and float16 as they are; int8 is the direction alone, so scaled that the largest component is 127 or -127, and
 rounded; bits are the signs of the components, eight to a byte, the first in the highest bit. What is read back has one
-number a dimension again.
+number a dimension again. A table may keep cheaper forms of its vectors beside them, in columns of their own: what was
+stored decides them, so that they need no encoder, and agree with it whatever way a vector came into the table.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,6 @@ from model.errors import InputError
 TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "bits": pa.uint8()}
 UNIT = ("int8", "bits")
 """Types that keep nothing of a vector's length."""
-RESCORED = 8
-"""Of bits, so many times k rows come closest by differing bits; the question itself, in float, then orders them."""
 
 
 def check_type(vector_type: str, dim: int, *, normalize: bool) -> None:
@@ -31,6 +30,32 @@ def check_type(vector_type: str, dim: int, *, normalize: bool) -> None:
         raise InputError(f"{vector_type} vectors need unit length; set vectors.normalize=true, or store float16")
     if vector_type == "bits" and dim % 8:
         raise InputError(f"{dim} dimensions fill no whole bytes of bits; set vectors.dim to a multiple of 8")
+
+
+def check_also(also: Sequence[str], vector_type: str, dim: int, *, normalize: bool) -> tuple[str, ...]:
+    """The forms to keep beside the vectors, the cheapest last.
+
+    Raises:
+        InputError: one that takes as much room as the vectors themselves, or that cannot be stored.
+    """
+    order = list(TYPES)
+    for name in also:
+        check_type(name, dim, normalize=normalize)
+        if name not in UNIT or order.index(name) <= order.index(vector_type):
+            raise InputError(
+                f"vectors.also has {name}, which is no cheaper form of {vector_type} to search by; int8 and bits are"
+            )
+    return tuple(sorted(set(also), key=order.index))
+
+
+def also_column(vector_type: str) -> str:
+    """Name of the column with this form of the vectors."""
+    return f"vector_{vector_type}"
+
+
+def also_array(stored: pa.Array, stored_type: str, vector_type: str) -> pa.FixedSizeListArray:
+    """A cheaper form of stored vectors: as `vector_array` gives it for the vectors that they stand for."""
+    return vector_array(as_vectors(stored, stored_type), vector_type)
 
 
 def column_type(dim: int, vector_type: str) -> pa.DataType:
@@ -73,35 +98,3 @@ def as_vectors(vectors: pa.ChunkedArray | pa.Array, vector_type: str) -> np.ndar
     if vector_type in UNIT:
         rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     return rows
-
-
-def nearest(
-    schema: pa.Schema, batches: Iterable[pa.RecordBatch], columns: Sequence[str], question: np.ndarray, k: int
-) -> pa.Table:
-    """The `k` rows with the highest cosine to a question, every row compared: `columns`, and the cosine as `score`.
-
-    Of bits, rows are first chosen by the number of bits that differ from the question's; `score` is the cosine of the
-    question itself, not of its bits, with the row's signs.
-    """
-    unit = (question / max(float(np.linalg.norm(question)), 1e-12)).astype(np.float32)
-    bits = np.packbits(unit > 0)
-    best = schema.empty_table().select([*columns, "vector"]).append_column("rough", pa.array([], pa.float32()))
-    for batch in batches:
-        part = pa.Table.from_batches([batch])
-        stored = part["vector"].combine_chunks()
-        if pa.types.is_uint8(stored.type.value_type):
-            raw = stored.flatten().to_numpy().reshape(len(stored), len(bits))
-            differing = np.bitwise_count(raw ^ bits).sum(axis=1, dtype=np.int64)
-            part, keep = part.append_column("rough", pa.array(-differing.astype(np.float32))), RESCORED * k
-        else:
-            part, keep = part.append_column("rough", pa.array(cosines(as_array(stored), unit))), k
-        best = pa.concat_tables([best, part]).sort_by([("rough", "descending")])[:keep]
-    scores = cosines(as_array(best["vector"]), unit)
-    return best.select(columns).append_column("score", pa.array(scores)).sort_by([("score", "descending")])[:k]
-
-
-def cosines(rows: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """float32 cosines of rows of any length with a unit vector; 0 for a row of zeros."""
-    rows = rows.astype(np.float32)
-    found: np.ndarray = rows @ unit / np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
-    return found

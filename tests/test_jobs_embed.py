@@ -17,10 +17,12 @@ from jobs.configuration import EmbedConfiguration, load
 from jobs.embed import run_embed
 from jobs.history import run_rollback, run_versions
 from jobs.migrate import run_migrate
+from jobs.search import run_search
 from model.errors import InputError
 from pipeline.lease import holder
 from pipeline.ledger import past_pace, read_records
 from pipeline.table import PUBLISHED, EmbeddingTable
+from pipeline.vectors import also_array
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCE = "the quick brown fox jumps over a lazy dog while vectors are embedded every night in long documents"
@@ -268,3 +270,36 @@ def test_killed_run_is_taken_up(tmp_path, tiny_model_folder):
     assert (report.read, report.embedded + report.unchanged) == (30, 30)
     run_embed(configured(source, tmp_path / "undisturbed.lance", tiny_model_folder))
     assert_same(vectors(table), vectors(tmp_path / "undisturbed.lance"))
+
+
+def test_cheaper_forms_stand_beside_the_vectors(tmp_path, tiny_model_folder):
+    """Of encoded chunks, of those that were taken over, and after a migration; in every night."""
+    source, table = tmp_path / "corpus", tmp_path / "table.lance"
+    source.mkdir()
+    text = " ".join(f"{text_of(n, 20)}" for n in range(6))
+    (source / "a.txt").write_text(text)
+    (source / "b.txt").write_text(text_of(9, 12))
+    chunks = ("chunking.granularity=chunk", "chunking.context=none", "chunking.chunk_tokens=40")
+
+    def check(types: tuple[str, ...]) -> int:
+        rows = lance.dataset(str(table), version=PUBLISHED).to_table()
+        assert [n for n in rows.column_names if n.startswith("vector")] == [*(f"vector_{t}" for t in types), "vector"]
+        for name in types:
+            expected = also_array(rows["vector"].combine_chunks(), "float16", name)
+            assert rows[f"vector_{name}"].combine_chunks().equals(expected)
+        return len(rows)
+
+    settings = (*chunks, "vectors.normalize=true", "vectors.type=float16")
+    run_embed(configured(source, table, tiny_model_folder, *settings))
+    before = check(())
+    with pytest.raises(InputError, match="also: none -> bits"):
+        run_embed(configured(source, table, tiny_model_folder, *settings, "vectors.also=bits"))
+    both = configured(source, table, tiny_model_folder, *settings, 'vectors.also=["bits", "int8"]')
+    assert run_migrate(both).status == "published"
+    assert check(("int8", "bits")) == before
+    (source / "a.txt").write_text(text + " And a new end of it.")
+    assert run_embed(both).reused > 0
+    assert check(("int8", "bits")) >= before
+    hit = run_search(str(table), text_of(9, 12), model=str(tiny_model_folder)).hits[0]
+    assert hit.document_id == "b.txt"
+    assert hit.score > 0.9

@@ -10,6 +10,7 @@ from test_jobs_embed import configured, text_of, write_corpus
 from test_pipeline_table import RECIPE, apply
 
 import jobs.plan
+from jobs.configuration import VectorSettings
 from jobs.embed import run_embed
 from jobs.plan import is_small, list_corpus, make_recipe, read_model, run_plan, survey_corpus
 from model.errors import InputError
@@ -123,7 +124,7 @@ def test_table_within_the_source_is_not_read(tmp_path, tiny_model_folder):
 def test_recipe_follows_the_configuration(tmp_path, tiny_model_folder):
     def recipe(*sets: str):
         model = read_model(configured(tmp_path, tmp_path / "t", tiny_model_folder, *sets))
-        return make_recipe(model, dtype="float32", vector_type="float32")
+        return make_recipe(model, VectorSettings(), dtype="float32")
 
     plain = recipe()
     assert (plain.dim, plain.normalize, plain.prompt, plain.max_tokens) == (64, True, "", 512)
@@ -156,5 +157,5 @@ def test_a_model_on_s3_is_the_model(tmp_path, tiny_model_folder, s3_server, monk
     here = read_model(configured(tmp_path, tmp_path / "t", tiny_model_folder))
     # Every machine makes its own copy: what is handed to workers is the address, not this machine's folder.
     assert there.path == "s3://bucket/plan/tiny"
-    recipes = [make_recipe(model, dtype="float32", vector_type="float32") for model in (there, here)]
+    recipes = [make_recipe(model, VectorSettings(), dtype="float32") for model in (there, here)]
     assert recipes[0] == recipes[1]

@@ -13,7 +13,7 @@ from pipeline.columns import hash_texts
 from pipeline.gates import FEWEST_TEXTS, check_vectors, hash_vectors, norm_tolerance, scan, unpublished_fragments
 from pipeline.keys import hash_ids
 from pipeline.table import EmbeddingTable, write_fragment
-from pipeline.vectors import to_int8
+from pipeline.vectors import to_int8, vector_array
 
 DIM = 16
 DOCUMENTS = 3 * FEWEST_TEXTS
@@ -91,6 +91,18 @@ def test_vectors_of_another_length_are_taken_out(make):
     verdict = check_vectors(table, (), run="r")
     assert "1 not of length 1 (off by up to 0.01)" in verdict.refused[0]
     assert "d4" not in names_in(table)
+
+
+def test_cheaper_forms_that_are_not_the_vectors_are_taken_out(make, monkeypatch):
+    table = make("float16", also=("int8", "bits"))
+    add(table, unit_vectors(10))
+    assert check_vectors(table, (), run="r").refused == []
+    monkeypatch.setattr("pipeline.table.also_array", lambda column, kind, name: vector_array(unit_vectors(3), name))
+    add(table, unit_vectors(3, seed=1), prefix="other")
+    verdict = check_vectors(table, (), run="r")
+    assert "of 13 0 are not finite" in verdict.refused[0]
+    assert ", 3 unlike a cheaper form beside them; their 3 documents are taken out" in verdict.refused[0]
+    assert names_in(table) == {f"d{i}" for i in range(10)}
 
 
 def test_no_length_is_promised_without_normalisation(make):

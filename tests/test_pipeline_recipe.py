@@ -34,7 +34,15 @@ def test_fingerprint_is_frozen():
 @pytest.mark.parametrize("name", [f.name for f in fields(Recipe)])
 def test_every_field_counts(name):
     value = getattr(RECIPE, name)
-    other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value + "x"
+    other = (
+        ("bits",)
+        if value == ()
+        else not value
+        if isinstance(value, bool)
+        else value + 1
+        if isinstance(value, int)
+        else value + "x"
+    )
     changed = replace(RECIPE, **{name: other})
     assert changed.fingerprint() != RECIPE.fingerprint()
     assert [line.split(":")[0] for line in RECIPE.difference(changed)] == [name]
@@ -64,3 +72,12 @@ def test_difference_shortens_hashes():
         "weights: aaaaaaaaaaaa -> cccccccccccc",
         "dim: 384 -> 3",
     ]
+
+
+def test_tables_made_before_cheaper_forms_are_still_read():
+    """The JSON of a recipe without them is what it was, and so is its fingerprint."""
+    assert '"also"' not in RECIPE.to_json()
+    assert Recipe.from_json(RECIPE.to_json()) == RECIPE
+    more = replace(RECIPE, also=("int8", "bits"))
+    assert Recipe.from_json(more.to_json()) == more
+    assert RECIPE.difference(more) == ["also: none -> int8, bits"]

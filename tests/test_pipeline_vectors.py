@@ -1,4 +1,4 @@
-"""Stored vectors: what comes back of each type, what is refused, and that bits find what floats find."""
+"""Stored vectors: what comes back of each type, what is refused, and the cheaper forms beside them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import InputError
-from pipeline import vectors as stored
-from pipeline.vectors import TYPES, as_array, as_vectors, check_type, column_type, cosines, nearest, vector_array
+from pipeline.vectors import (
+    TYPES,
+    also_array,
+    as_array,
+    as_vectors,
+    check_also,
+    check_type,
+    column_type,
+    vector_array,
+)
 
 
 def units(count: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -80,48 +88,6 @@ def test_what_cannot_be_stored() -> None:
         check_type("bits", 12, normalize=True)
 
 
-def batches_of(vectors: np.ndarray, vector_type: str, size: int = 100) -> tuple[pa.Schema, list[pa.RecordBatch]]:
-    table = pa.table({"id": np.arange(len(vectors)), "vector": vector_array(vectors, vector_type)})
-    return table.schema, table.to_batches(max_chunksize=size)
-
-
-def test_bits_are_rescored_by_the_question_itself() -> None:
-    """Every row is chosen and ordered as the two steps say, whatever the batches."""
-    rows, question = units(500, 64), 3 * units(1, 64, seed=9)[0]
-    differing = ((rows > 0) != (question > 0)).sum(axis=1)
-    scores = cosines(np.where(rows > 0, 1, -1), question / np.linalg.norm(question))
-    for size in (1, 37, 500):
-        found = nearest(*batches_of(rows, "bits", size), ["id"], question, 5)
-        ids = found["id"].to_numpy()
-        assert len(ids) == 5
-        assert differing[ids].max() <= np.sort(differing)[5 * stored.RESCORED]
-        assert np.allclose(found["score"].to_numpy(), scores[ids], atol=1e-6)
-        assert np.allclose(np.sort(found["score"].to_numpy())[::-1], found["score"].to_numpy())
-    assert nearest(*batches_of(rows, "bits"), ["id"], question, 500)["id"].to_numpy()[0] == scores.argmax()
-
-
-def test_rescoring_beats_bits_alone() -> None:
-    """Clusters of near vectors: the question's own cosine orders those that differ in as many bits."""
-    centres, rng = units(40, 128), np.random.default_rng(3)
-    rows = np.repeat(centres, 25, axis=0) + 0.06 * rng.normal(size=(1_000, 128)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    hits = {"rescored": 0, "bits": 0}
-    for i in range(0, 1_000, 20):
-        question = rows[i] + 0.03 * rng.normal(size=128).astype(np.float32)
-        exact = set(np.argsort(-(rows @ question))[:10].tolist())
-        found = nearest(*batches_of(rows, "bits"), ["id"], question, 10)["id"].to_pylist()
-        differing = ((rows > 0) != (question > 0)).sum(axis=1)
-        hits["rescored"] += len(exact & set(found))
-        hits["bits"] += len(exact & set(np.argsort(differing, kind="stable")[:10].tolist()))
-    assert hits["rescored"] > hits["bits"]
-
-
-@pytest.mark.parametrize("vector_type", list(TYPES))
-def test_nothing_is_found_in_nothing(vector_type: str) -> None:
-    schema, _ = batches_of(units(2, 16), vector_type)
-    assert len(nearest(schema, [], ["id"], units(1, 16)[0], 3)) == 0
-
-
 def test_other_tools_read_bits_as_bytes(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
@@ -136,3 +102,23 @@ def test_a_recipe_with_bits_has_its_own_fingerprint() -> None:
     from test_pipeline_recipe import RECIPE
 
     assert replace(RECIPE, vector_type="bits").fingerprint() != replace(RECIPE, vector_type="int8").fingerprint()
+
+
+def test_cheaper_forms_are_those_of_what_is_stored() -> None:
+    rows = units(50, 24)
+    for stored, also in (("float32", "int8"), ("float32", "bits"), ("float16", "int8"), ("int8", "bits")):
+        column = vector_array(rows, stored)
+        assert also_array(column, stored, also).equals(vector_array(as_vectors(column, stored), also))
+    assert also_array(vector_array(rows, "float32"), "float32", "bits").equals(vector_array(rows, "bits"))
+
+
+def test_forms_that_are_no_cheaper_are_refused() -> None:
+    assert check_also(["bits", "int8", "bits"], "float16", 24, normalize=True) == ("int8", "bits")
+    assert check_also([], "bits", 24, normalize=False) == ()
+    for also, stored in (("int8", "int8"), ("int8", "bits"), ("bits", "bits"), ("float16", "float32")):
+        with pytest.raises(InputError, match=f"vectors.also has {also}, which is no cheaper form of {stored}"):
+            check_also([also], stored, 24, normalize=True)
+    with pytest.raises(InputError, match="int8 vectors need unit length"):
+        check_also(["int8"], "float32", 24, normalize=False)
+    with pytest.raises(InputError, match="12 dimensions fill no whole bytes"):
+        check_also(["bits"], "float32", 12, normalize=True)
