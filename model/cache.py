@@ -1,9 +1,10 @@
 """Keys and values that a decoder keeps between steps: a ring in local layers, growing pages in global ones.
 
-Nothing is copied as sequences grow, and no page is mapped through a table: all sequences of a batch take a step
-together, so a page of generated tokens is one tensor with a row a sequence, and a page of prompts has a row for every
-prompt that reaches it. Keys are kept turned by their positions. Shape suffixes: T packed tokens, S sequences, N heads,
-R keys of a ring, P tokens of a page, K all keys of the pages, H head size.
+No page is mapped through a table: all sequences of a batch take a step together, so a page of generated tokens is one
+tensor with a row a sequence, and a page of prompts has a row for every prompt that reaches it. Pages are few, because
+every step goes through all of them: one ends where a prompt does, and two full ones of the same size become one. Keys
+are kept turned by their positions. Shape suffixes: T packed tokens, S sequences, N heads, R keys of a ring, P tokens of
+a page, K all keys of the pages, H head size.
 """
 
 import math
@@ -18,7 +19,7 @@ from model.batch import PackedBatch
 from model.config import FULL, EncoderConfig
 
 PAGE = 64
-"""Tokens of a page."""
+"""Pages are multiples of so many tokens."""
 
 
 class Ring:
@@ -54,12 +55,23 @@ class Ring:
 
 @dataclass
 class _Page:
-    """Up to PAGE consecutive tokens of some sequences, as many of each as `used_S` says."""
+    """Consecutive tokens of some sequences, as many of each as `used_S` says."""
 
     rows_S: Tensor
     used_S: Tensor
     keys_SNPH: Tensor
     values_SNPH: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.keys_SNPH.shape[2]
+
+    def keep(self, rows_S: Tensor) -> "_Page":
+        """Only these sequences of the batch, under their new numbers."""
+        # Where each row that stays lies in the page, if it is there.
+        found_SS = rows_S[:, None] == self.rows_S
+        here_S, index_S = found_SS.any(dim=1).nonzero().squeeze(1), found_SS.nonzero()[:, 1]
+        return _Page(here_S, self.used_S[index_S], self.keys_SNPH[index_S], self.values_SNPH[index_S])
 
 
 class Pages:
@@ -67,63 +79,75 @@ class Pages:
 
     def __init__(self, num_sequences: int, config: EncoderConfig, like: Tensor) -> None:
         self.num_sequences, self.like = num_sequences, like
-        self.shape = (config.num_heads, PAGE, config.head_size)
-        self.pages: list[_Page] = []
+        self.config = config
+        self.prompts: list[_Page] = []
+        self.steps_taken: list[_Page] = []
+        """Pages of generated tokens, all sequences in each; only the last has room."""
         self.steps = 0
-        """Steps taken: the last page that they began has steps % PAGE tokens, or is full."""
 
-    def _new(self, rows_S: Tensor) -> _Page:
-        keys, values = (self.like.new_zeros(len(rows_S), *self.shape) for _ in range(2))
-        self.pages.append(_Page(rows_S, torch.zeros_like(rows_S), keys, values))
-        return self.pages[-1]
+    def _new(self, rows_S: Tensor, size: int) -> _Page:
+        shape = (len(rows_S), self.config.num_heads, size, self.config.head_size)
+        return _Page(rows_S, torch.zeros_like(rows_S), self.like.new_zeros(shape), self.like.new_zeros(shape))
 
     def fill(self, k_TNH: Tensor, v_TNH: Tensor, batch: PackedBatch) -> None:
         """Keep the prompts."""
         length_S, position_T, sequence_T = batch.cu_seqlens.diff(), batch.positions_T(), batch.sequence_T()
-        for start in range(0, batch.max_seqlen, PAGE):
-            page = self._new((length_S > start).nonzero().squeeze(1))
-            page.used_S = (length_S[page.rows_S] - start).clamp(max=PAGE)
-            token = ((position_T >= start) & (position_T < start + PAGE)).nonzero().squeeze(1)
+        start = 0
+        for end in (-(-length_S // PAGE) * PAGE).unique().tolist():
+            page = self._new((length_S > start).nonzero().squeeze(1), end - start)
+            page.used_S = (length_S[page.rows_S] - start).clamp(max=end - start)
+            token = ((position_T >= start) & (position_T < end)).nonzero().squeeze(1)
             row, slot = torch.searchsorted(page.rows_S, sequence_T[token]), position_T[token] - start
             page.keys_SNPH[row, :, slot], page.values_SNPH[row, :, slot] = k_TNH[token], v_TNH[token]
+            self.prompts.append(page)
+            start = end
+
+    def _room(self, device: torch.device) -> _Page:
+        """The page that the next token goes into. Full pages of one size become one: so there are few, and what lies in
+        one was copied as often as its size doubled.
+        """
+        pages = self.steps_taken
+        if self.steps % PAGE:
+            return pages[-1]
+        while len(pages) > 1 and pages[-1].size == pages[-2].size:
+            before, last = pages[-2:]
+            keys = torch.cat([before.keys_SNPH, last.keys_SNPH], dim=2)
+            values = torch.cat([before.values_SNPH, last.values_SNPH], dim=2)
+            pages[-2:] = [_Page(last.rows_S, before.used_S + last.used_S, keys, values)]
+        pages.append(self._new(torch.arange(self.num_sequences, device=device), PAGE))
+        return pages[-1]
 
     def attend(self, q_SNH: Tensor, k_SNH: Tensor, v_SNH: Tensor, position_S: Tensor) -> Tensor:
         """Keep one more key and value a sequence; then attend to all that are kept: (S, N, H)."""
-        slot = self.steps % PAGE
-        last = self._new(torch.arange(self.num_sequences, device=q_SNH.device)) if slot == 0 else self.pages[-1]
+        last, slot = self._room(q_SNH.device), self.steps % PAGE
         last.keys_SNPH[:, :, slot], last.values_SNPH[:, :, slot] = k_SNH, v_SNH
         last.used_S += 1
         self.steps += 1
+        pages = [*self.prompts, *self.steps_taken]
+        sizes = [page.size for page in pages]
 
         q_SN1H = (q_SNH / math.sqrt(q_SNH.shape[-1]))[:, :, None]
         wide = torch.promote_types(q_SNH.dtype, torch.float32)
-        scores_SNK = torch.full((*q_SNH.shape[:2], PAGE * len(self.pages)), -math.inf, dtype=wide, device=q_SNH.device)
-        slots_P = torch.arange(PAGE, device=q_SNH.device)
-        for page, scores_SNP in zip(self.pages, scores_SNK.split(PAGE, dim=2), strict=True):
+        scores_SNK = torch.full((*q_SNH.shape[:2], sum(sizes)), -math.inf, dtype=wide, device=q_SNH.device)
+        slots_P = torch.arange(max(sizes), device=q_SNH.device)
+        for page, scores_SNP in zip(pages, scores_SNK.split(sizes, dim=2), strict=True):
             score = (q_SN1H[page.rows_S] @ page.keys_SNPH.transpose(2, 3)).squeeze(2).to(wide)
-            unused_SP = slots_P >= page.used_S[:, None]
+            unused_SP = slots_P[: page.size] >= page.used_S[:, None]
             scores_SNP[page.rows_S] = score.masked_fill_(unused_SP[:, None], -math.inf)
         weights_SNK = scores_SNK.softmax(dim=2).to(q_SNH.dtype)
         out_SNH = torch.zeros(q_SNH.shape, dtype=wide, device=q_SNH.device)
-        for page, weights_SNP in zip(self.pages, weights_SNK.split(PAGE, dim=2), strict=True):
+        for page, weights_SNP in zip(pages, weights_SNK.split(sizes, dim=2), strict=True):
             part_SNH = (weights_SNP[page.rows_S][:, :, None] @ page.values_SNPH).squeeze(2)
             out_SNH.index_add_(0, page.rows_S, part_SNH.to(wide))
         return out_SNH.to(q_SNH.dtype)
 
     def keep(self, rows_S: Tensor) -> None:
         self.num_sequences = len(rows_S)
-        pages = []
-        for page in self.pages:
-            # Where each row that stays lies in the page, if it is there.
-            found_SS = rows_S[:, None] == page.rows_S
-            here_S, index_S = found_SS.any(dim=1).nonzero().squeeze(1), found_SS.nonzero()[:, 1]
-            if len(here_S):
-                kept = (page.used_S[index_S], page.keys_SNPH[index_S], page.values_SNPH[index_S])
-                pages.append(_Page(here_S, *kept))
-        self.pages = pages
+        self.prompts = [page for page in (page.keep(rows_S) for page in self.prompts) if len(page.rows_S)]
+        self.steps_taken = [page.keep(rows_S) for page in self.steps_taken]
 
     def tensors(self) -> list[Tensor]:
-        return [tensor for page in self.pages for tensor in (page.keys_SNPH, page.values_SNPH)]
+        return [tensor for page in (*self.prompts, *self.steps_taken) for tensor in (page.keys_SNPH, page.values_SNPH)]
 
 
 class Cache:

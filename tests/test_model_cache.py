@@ -8,7 +8,7 @@ import torch
 from test_model_decoder import CONVENTIONS, random_decoder, random_sequences
 
 from model.batch import pack
-from model.cache import PAGE, bytes_per_token, cache_bytes
+from model.cache import PAGE, Pages, bytes_per_token, cache_bytes
 from model.config import FULL, SLIDING, preset
 from model.decoder import CausalLanguageModel
 
@@ -78,6 +78,30 @@ def test_sequences_leave_and_the_others_go_on_as_before() -> None:
         all_four = model.model.step(tokens, caches[0])
         two = model.model.step(tokens[[0, 2]], caches[1])
         torch.testing.assert_close(all_four[[0, 2]], two, rtol=0, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_pages_are_few_whatever_the_lengths() -> None:
+    """As many of prompts as there are lengths, in whole pages; of generated tokens one for each bit of their number.
+    Before and after the page of 300 tokens is gone, and over six merges.
+    """
+    model, steps = random_decoder(torch.float64), 5 * PAGE + 3
+    whole = random_sequences((3 + steps, 60 + steps, 190 + steps, 300 + steps))
+    prompts = [w[:-steps] for w in whole]
+    cache = model.model.new_cache(4)
+    model.model.prefill(pack(prompts), cache)
+    for step in range(steps):
+        if step == 2 * PAGE:
+            cache.keep([0, 1, 2])
+        rows = whole if step < 2 * PAGE else whole[:3]
+        hidden = model.model.step(torch.tensor([w[step - steps] for w in rows]), cache)
+    pages = cache.layers[0]
+    assert isinstance(pages, Pages)
+    assert [page.size for page in pages.prompts] == [PAGE, 2 * PAGE]
+    assert [page.size for page in pages.steps_taken] == [4 * PAGE, PAGE, PAGE]
+    assert [page.used_S.tolist() for page in pages.prompts] == [[3, 60, 64], [126]]
+    batch = pack(whole[:3])
+    torch.testing.assert_close(model.predict(hidden), model(batch)[batch.cu_seqlens[1:].long() - 1], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
