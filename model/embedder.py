@@ -22,6 +22,7 @@ from model.folder import check_tokenizer, load_tokenizer, read_folder, tokenizer
 from model.memory import fitting_tokens
 from model.pooling import normalize as normalize_rows
 from model.pooling import pool_segments
+from model.prepacked import prepack
 from model.protocols import Protocols, check_left, prompt_names, texts_of
 from model.weights import load_encoder
 
@@ -87,8 +88,9 @@ class Embedder(Protocols):
             is_product = isinstance(module, torch.nn.Linear)
             if is_product or isinstance(module, torch.nn.LayerNorm | torch.nn.Embedding):
                 module.to(self.dtype if is_product else torch.float32)
-        self.encoder = encoder
         self.tokens_per_batch = default_tokens(self.config, self.device, self.dtype)
+        prepack(encoder, self.tokens_per_batch)
+        self.encoder = encoder
         self.attention_name = encoder.attention
         self.pooling, self.normalize = self.folder.pooling, self.folder.normalize
         self.prompts, self.default_prompt_name = self.folder.prompts, self.folder.default_prompt_name
