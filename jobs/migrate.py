@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
+from lance.fragment import FragmentMetadata
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from jobs.configuration import EmbedConfiguration
@@ -24,8 +25,12 @@ from pipeline.dead import DeadLetters
 from pipeline.lease import Lease
 from pipeline.ledger import new_run, recorded
 from pipeline.table import NEXT, EmbeddingTable
+from pipeline.upkeep import rewrite
 
 log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""Other runs may change the table while its migration is completed; so often what they brought is embedded too."""
 
 
 def run_migrate(configuration: EmbedConfiguration, **how: Any) -> EmbedReport:
@@ -41,7 +46,8 @@ def run_migrate(configuration: EmbedConfiguration, **how: Any) -> EmbedReport:
     table, model = EmbeddingTable.find(uri), read_model(configuration)
     if table is None or not differs(configuration, table):
         report = run_embed(configuration, **how)
-        discard(uri)  # what a run left that was killed after the switch
+        if table is not None:
+            clear_away(table)
         return report
     under_way = EmbeddingTable.find(next_uri(uri))
     if under_way is not None and differs(configuration, under_way):
@@ -52,10 +58,18 @@ def run_migrate(configuration: EmbedConfiguration, **how: Any) -> EmbedReport:
             f"a migration of {uri} to another recipe is under way ({'; '.join(under_way.recipe.difference(recipe))}): "
             f"finish it with its own settings, or remove {under_way.uri} to give it up"
         )
-    report = run_embed(configuration.model_copy(update={"table": next_uri(table.uri)}), **how)
-    if report.status in ("published", "unchanged") and report.published == report.version and not report.left:
-        version = switch(table.uri)
-        return replace(report, status="published", table=table.uri, version=version, published=version)
+    grow = configuration.model_copy(update={"table": next_uri(table.uri)})
+    for _ in range(ATTEMPTS):
+        since = EmbeddingTable.open(uri).version
+        report = run_embed(grow, **how)
+        if report.status not in ("published", "unchanged") or report.published != report.version or report.left:
+            break
+        if version := switch(table.uri, since):
+            return replace(report, status="published", table=table.uri, version=version, published=version)
+        log.warning("another run has changed %s since the source was read: what is new is embedded too", uri)
+        how.pop("run", None)  # every run has a name of its own
+    else:
+        report = replace(report, status="partial")
     log.warning("readers of %s go on with the old vectors until the migration is complete", table.uri)
     return replace(report, table=table.uri, version=table.version, published=table.published_version())
 
@@ -73,44 +87,76 @@ def differs(configuration: EmbedConfiguration, table: EmbeddingTable) -> bool:
     return recipe.fingerprint() != table.fingerprint
 
 
-def switch(uri: str) -> int:
+def switch(uri: str, since: int | None = None) -> int | None:
     """Replace the content of a table by that of its complete migration, and let readers see it.
 
     Killed before the commit it leaves files that no version names; killed after it, the next run publishes.
 
+    Args:
+        since: the table's version before the migration last read the source. What another run has published after it
+            may be missing from the migration.
+
     Returns:
-        The version that readers see.
+        The version that readers see; None, and nothing is changed, where the table has another version than `since`.
 
     Raises:
         InputError: another run is writing to the table.
     """
     run = new_run()
-    with (
-        Lease.take(uri, run) as lease,
-        Lease.take(next_uri(uri), run) as lease_of_grown,
-        recorded(uri, run, "migrate") as entry,
-    ):
-        table, grown = EmbeddingTable.open(uri), EmbeddingTable.open(next_uri(uri))
-        table.lease, grown.lease = lease, lease_of_grown
-        entry.set(
-            recipe=asdict(grown.recipe),
-            fingerprint=grown.fingerprint,
-            version_before=table.version,
-            published_before=table.published_version(),
-        )
-        # A deletion is named after its fragment, and fragments get new numbers: so the deleted rows go for good.
-        grown.dataset.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
-        grown = EmbeddingTable.open(grown.uri)
-        fragments = [fragment.metadata for fragment in grown.dataset.get_fragments()]
-        assert not any(fragment.deletion_file for fragment in fragments)
-        bring([file.path for fragment in fragments for file in fragment.files], grown.uri, table.uri)
-        bring_folder("_canaries", grown.uri, table.uri)
-        DeadLetters(table).adopt(DeadLetters(grown))
-        table = table.overwrite(grown.schema, fragments, run=run)
-        version = table.publish()
-        entry.set(status="published", version=version, published=version, rows=table.dataset.count_rows())
-    discard(uri)
+    with Lease.take(uri, run) as lease:
+        table = EmbeddingTable.open(uri)
+        if since is not None and table.version != since:
+            return None
+        with Lease.take(next_uri(uri), run) as lease_of_grown, recorded(uri, run, "migrate") as entry:
+            grown = EmbeddingTable.open(next_uri(uri))
+            table.lease, grown.lease = lease, lease_of_grown
+            entry.set(
+                recipe=asdict(grown.recipe),
+                fingerprint=grown.fingerprint,
+                version_before=table.version,
+                published_before=table.published_version(),
+            )
+            # A deletion is named after its fragment, and fragments get new numbers: so the deleted rows go for good.
+            without_deletions(grown, run)
+            fragments = [fragment.metadata for fragment in grown.dataset.get_fragments()]
+            assert not any(fragment.deletion_file for fragment in fragments)
+            bring([file.path for fragment in fragments for file in fragment.files], grown.uri, table.uri)
+            bring_folder("_canaries", grown.uri, table.uri)
+            DeadLetters(table).adopt(DeadLetters(grown))
+            table = table.overwrite(grown.schema, fragments, run=run)
+            version = table.publish()
+            entry.set(status="published", version=version, published=version, rows=table.dataset.count_rows())
+        discard(uri)
     return version
+
+
+def without_deletions(table: EmbeddingTable, run: str) -> None:
+    """Rewrite the fragments that have deleted rows, and no others: each as large as it was."""
+    old = [f.fragment_id for f in table.dataset.get_fragments() if f.metadata.deletion_file]
+    new = [FragmentMetadata.from_json(rewrite(table.uri, table.version, [number])) for number in old]
+    if old:
+        table.replace(old, new, run=run)
+
+
+def clear_away(table: EmbeddingTable) -> None:
+    """Remove what a migration to this table's recipe left that was killed after the switch; nothing of any other."""
+    place = next_uri(table.uri)
+    files, path = storage.filesystem(place)
+    if files.get_file_info(path).type != FileType.Directory:
+        return
+    try:
+        left = EmbeddingTable.find(place)
+    except InputError:
+        left = None  # its removal was cut off
+    if left is not None and left.fingerprint != table.fingerprint:
+        log.warning("a migration of %s to another recipe lies at %s and is left alone", table.uri, place)
+        return
+    try:
+        Lease.take(place, new_run()).release()
+    except InputError as error:
+        log.warning("%s; %s is left alone", error, place)
+        return
+    discard(table.uri)
 
 
 def bring(names: list[str], source: str, target: str, folder: str = "data") -> None:

@@ -1,6 +1,7 @@
 """Migration: another recipe in several nights, while readers and the old recipe go on; one switch, and a way back."""
 
 import shutil
+from dataclasses import replace
 
 import lance
 import numpy as np
@@ -11,7 +12,7 @@ from test_jobs_embed import assert_same, configured, text_of, vectors, write_cor
 from test_pipeline_table import RECIPE, rows
 
 from jobs.embed import run_embed
-from jobs.migrate import next_uri, run_migrate, switch
+from jobs.migrate import clear_away, next_uri, run_migrate, switch
 from model.errors import InputError
 from pipeline.keys import hash_ids
 from pipeline.lease import Lease
@@ -70,6 +71,78 @@ def test_switch_on_s3(s3_server, monkeypatch):
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     check_switch("s3://bucket/migrate/table.lance")
+
+
+def test_fragments_without_deletions_are_taken_as_they_are(tmp_path):
+    uri = str(tmp_path / "table.lance")
+    fill(uri, RECIPE, {"a": "x"})
+    grown, none = (
+        fill(next_uri(uri), RECIPE, {"a": "xyz", "b": "x"}, removed=("c",)),
+        hash_ids(pa.array([], pa.string())),
+    )
+    for name in ("d", "e", "f"):
+        grown.commit([write_fragment(grown.uri, rows({name: "xy"}), "r2")], none, grown.keys(), run="r2")
+    grown.publish()
+    before = [f.metadata.files[0].path for f in grown.dataset.get_fragments()]
+    switch(uri)
+    now = EmbeddingTable.open(uri, PUBLISHED)
+    assert sorted(contents(now)) == ["a", "b", "d", "e", "f"]
+    after = [f.metadata.files[0].path for f in now.dataset.get_fragments()]
+    assert set(before[1:]) < set(after)
+    assert before[0] not in after
+
+
+def test_what_a_night_published_meanwhile_is_not_undone(tmp_path):
+    uri, none = str(tmp_path / "table.lance"), hash_ids(pa.array([], pa.string()))
+    table = fill(uri, RECIPE, {"a": "x"})
+    since = table.version
+    fill(next_uri(uri), RECIPE, {"a": "xyz"})
+    table.commit([write_fragment(uri, rows({"b": "xy"}), "r2")], none, table.keys(), run="r2")
+    table.publish()
+    assert switch(uri, since) is None
+    assert sorted(contents(EmbeddingTable.open(uri, PUBLISHED))) == ["a", "b"]
+    assert switch(uri, table.version) == EmbeddingTable.open(uri, PUBLISHED).version
+    assert sorted(contents(EmbeddingTable.open(uri, PUBLISHED))) == ["a"]
+
+
+def test_a_migration_takes_in_what_a_night_brings_while_it_ends(tmp_path, tiny_model_folder, monkeypatch):
+    source, table = tmp_path / "corpus", tmp_path / "table.lance"
+    write_corpus(source, 6, words=20)
+    old = configured(source, table, tiny_model_folder)
+    run_embed(old)
+    nights = iter([True, False])
+
+    def with_a_night(configuration, **how):
+        report = run_embed(configuration, **how)
+        if next(nights):
+            (source / "late.txt").write_text(text_of(50, 20))
+            assert run_embed(old).status == "published"
+        return report
+
+    monkeypatch.setattr("jobs.migrate.run_embed", with_a_night)
+    report = run_migrate(configured(source, table, tiny_model_folder, "vectors.dim=16", migrate=True), run="r-1")
+    assert (report.status, report.read) == ("published", 7)
+    assert ("late.txt", -1) in vectors(table)
+    assert {len(vector) for vector in vectors(table).values()} == {16}
+
+
+def test_a_migration_to_a_third_recipe_is_left_alone(tmp_path, caplog):
+    uri = str(tmp_path / "table.lance")
+    clear_away(fill(uri, RECIPE, {"a": "x"}))  # nothing there
+    other = replace(RECIPE, prompt="other")
+    fill(next_uri(uri), other, {"a": "xyz"})
+    table = EmbeddingTable.open(uri)
+    clear_away(table)
+    assert EmbeddingTable.find(next_uri(uri)) is not None
+    assert "to another recipe" in caplog.text
+    # What a switch left that was killed at its end goes, unless someone is at work there.
+    shutil.rmtree(next_uri(uri))
+    fill(next_uri(uri), RECIPE, {"a": "xyz"})
+    with Lease.take(next_uri(uri), "another"):
+        clear_away(table)
+        assert EmbeddingTable.find(next_uri(uri)) is not None
+    clear_away(table)
+    assert not (tmp_path / "table.lance" / NEXT).exists()
 
 
 def test_a_switch_that_was_killed_is_repeated(tmp_path, monkeypatch):
