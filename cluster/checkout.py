@@ -13,7 +13,7 @@ from pathlib import Path
 
 LEFT_OUT = ("build", "dist", "corpus", "benchmarks", "docs", "tests", "*.egg-info", "node_modules")
 """Folders and files at the top of the checkout that workers do not need. A file that is named is not left out."""
-EVERYWHERE = (".*", "__pycache__", "*.pyc", "*.pem", "*.key")
+EVERYWHERE = (".*", "__pycache__", "*.pyc", "*.pem", "*.key", "token", "*.token")
 MOST_BYTES = 256_000_000
 """Ray keeps the archive in the memory of the head node, and takes 512 MiB at most."""
 SUBMITTED = "submitted"

@@ -7,14 +7,13 @@ now and grows to what the cluster may become, which is what makes an autoscaler 
 """
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.session import SPARE_CPUS, physical_cores
+from cluster.session import SPARE_CPUS, allowed_cpus, physical_cores
 
 CPUS_PER_SLOT = 8
 """More threads than that do not make one batch of an encoder faster."""
@@ -137,5 +136,5 @@ def threads_here(slot: int) -> int:
     me = ray.get_runtime_context().get_node_id()
     declared = next((shape(node["Resources"])[0] for node in ray.nodes() if node["NodeID"] == me), 0)
     # A container has as many CPUs as it was given, and sees all those of its machine.
-    cores = min(physical_cores(), declared or len(os.sched_getaffinity(0)))
+    cores = min(physical_cores(), declared or allowed_cpus())
     return max(1, cores // max(1, declared // slot))

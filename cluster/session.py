@@ -5,6 +5,7 @@ imported; what workers print stays in the session's log folder.
 """
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,27 @@ SPARE_CPUS = 2
 ATTEMPTS = 3
 
 
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPUs' worth of time that this process's cgroup may take; infinite without a limit.
+
+    A container with a limit of 8 CPUs on a machine of 96 may run on all of them, and for a twelfth of the time.
+    """
+    try:
+        if (root / "cpu.max").is_file():  # cgroup v2
+            quota, period = (root / "cpu.max").read_text().split()
+        else:
+            quota, period = ((root / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return math.inf if quota.strip() in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def allowed_cpus() -> int:
+    """Logical CPUs that this process may use, by affinity and by quota (rounded up)."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, cpu_quota())))
+
+
 def physical_cores() -> int:
     """Cores that this process may use, hyper-threads counted once where Linux says which they are."""
     cores = set()
@@ -41,12 +63,12 @@ def physical_cores() -> int:
     for cpu in allowed:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
-    return len(cores)
+    return min(len(cores), allowed_cpus())
 
 
 def local_cpus(actors: int = 1) -> int:
     """Logical CPUs to declare for a local session with this many embedding actors."""
-    return max(4, len(os.sched_getaffinity(0)), actors + SPARE_CPUS)
+    return max(4, allowed_cpus(), actors + SPARE_CPUS)
 
 
 def cluster_address(address: str | None) -> str | None:

@@ -184,8 +184,10 @@ def gate_rows(record: dict[str, Any]) -> list[list[str]]:
     for gate, seen in record.get("gates", {}).items():
         if gate == "max_dead":
             rows.append([gate, f"{seen['dead']:,} dead documents", f"{seen['most']:,}"])
+        elif gate == "vectors" and not seen:  # the column itself is not the recipe's: nothing was counted
+            rows.append([gate, "a column of another type", "none"])
         elif gate == "vectors":
-            bad = seen["not_finite"] + seen["odd_length"]
+            bad = seen["not_finite"] + seen["odd_length"] + seen.get("disagreeing", 0)
             rows.append([gate, f"{bad:,} bad of {seen['rows']:,} vectors", "0"])
             rows.append(["collapse", f"{seen['identical']:.1%} shared by another text", "50%"])
             rows.append(["collapse", f"{seen['dead_dimensions']:.1%} of dimensions without variance", "50%"])

@@ -23,7 +23,7 @@ from typing import Any
 import ray
 import torch
 
-from cluster.session import local_cpus, session
+from cluster.session import allowed_cpus, local_cpus, session
 from jobs.checkpoints import Checkpoints
 from jobs.monitor import Display
 from jobs.phases import Phase, RunSettings
@@ -269,7 +269,7 @@ def fit(
     elastic = work.min_workers is not None and work.min_workers < work.workers
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_S if elastic else FIXED_START_S)
     use_gpu = work.device == "cuda" or (work.device == "auto" and torch.cuda.is_available())
-    cpus = work.cpus_per_worker or (1 if use_gpu else max(1, len(os.sched_getaffinity(0)) // work.workers))
+    cpus = work.cpus_per_worker or (1 if use_gpu else max(1, allowed_cpus() // work.workers))
     room = {"CPU": float(cpus)} | ({"GPU": 1.0} if use_gpu else {})
     # On this machine: it must outlive the machines that leave.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -308,6 +308,7 @@ def settings(table: EmbeddingTable, record: dict[str, Any] | None) -> str:
     rows: list[tuple[str, Any]] = [("model", table.model), *asdict(table.recipe).items()]
     rows += [("fingerprint", table.fingerprint)]
     rows += [(name, (record or {}).get(name)) for name in ("host", "run")]
+    rows = [(name, ", ".join(value) if isinstance(value, tuple) else value) for name, value in rows]
     kept = [(name, value) for name, value in rows if value not in (None, "")]
     cells = [f"<div><dt>{escape(name)}</dt><dd>{escape(shown(value))}</dd></div>" for name, value in kept]
     return card_of(f'<dl class="facts">{"".join(cells)}</dl>', title="One recipe decides every vector", width="wide")

@@ -23,6 +23,10 @@ BLOCK_CHARS = {"cpu": 400_000, "cuda": 8_000_000}
 """Characters in one unit of work: some seconds of an encoder's time, and enough documents to fill its batches."""
 
 
+class NoMachineError(RuntimeError):
+    """There is no capacity at this hour: nothing is wrong with what was asked, and it may be asked again."""
+
+
 class Place:
     """Where the work is done, from the first `start` on until the block ends: by workers of a Ray session, or, where
     there is little of it, by one process. A run that finds nothing to do starts neither.
@@ -114,11 +118,14 @@ def choose_device(asked: str, address: str | None = None) -> str:
     """cpu or cuda for the actors of this session; "auto" takes GPUs where the session has any, or may get some.
 
     Raises:
-        InputError: GPUs are asked for and there are none.
+        InputError: GPUs are asked for and this machine has none.
+        NoMachineError: nor has the cluster, and none came.
     """
     gpus = any(machine.gpus for machine in find_machines())
-    if asked == "cuda" and not gpus and (cluster_address(address) is None or not bring_machine(gpu=True)):
-        raise InputError(NO_GPU)
+    if asked == "cuda" and not gpus:
+        if cluster_address(address) is None:
+            raise InputError(NO_GPU)
+        await_machine("cuda")
     return asked if asked != "auto" else "cuda" if gpus else "cpu"
 
 
@@ -128,8 +135,21 @@ def dtype_of_workers(address: str | None, device: str) -> str:
         return best_dtype(device)
     import ray
 
+    await_machine(device)
     task = ray.remote(best_dtype).options(num_gpus=1 if device == "cuda" else 0)
     return ray.get(task.remote(device))
+
+
+def await_machine(device: str) -> None:
+    """Wait for a machine that can hold an actor.
+
+    Raises:
+        NoMachineError: none came.
+    """
+    gpu = device == "cuda"
+    if not bring_machine(gpu=gpu):
+        kind = "GPU" if gpu else "CPU"
+        raise NoMachineError(f"the cluster has no {kind} for an actor, and no machine with one came; try again later")
 
 
 def plan_workers(compute: ComputeSettings, device: str) -> Workers:
@@ -137,6 +157,7 @@ def plan_workers(compute: ComputeSettings, device: str) -> Workers:
 
     Raises:
         InputError: more actors than the session has processors for, or a cluster may ever have.
+        NoMachineError: a cluster has no machine for an actor, and none came.
     """
     import ray
 
@@ -149,11 +170,11 @@ def plan_workers(compute: ComputeSettings, device: str) -> Workers:
         block_chars=compute.block_chars or BLOCK_CHARS[device],
     )
     if cluster_address(compute.address) is not None:
-        gpu = device == "cuda"
-        if not bring_machine(gpu=gpu):
-            raise InputError(f"the cluster has no {'GPU' if gpu else 'CPU'} for an actor, and no machine with one came")
+        await_machine(device)
         try:
-            pool = plan_pool(find_machines(), gpu=gpu, asked=compute.actors, limited=read_limits() is not None)
+            pool = plan_pool(
+                find_machines(), gpu=device == "cuda", asked=compute.actors, limited=read_limits() is not None
+            )
         except ValueError as error:
             raise InputError(f"compute.actors: {error}") from None
         return replace(

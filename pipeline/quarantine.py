@@ -129,9 +129,11 @@ class Guard:
         self.watch, self.stage = watch, stage.encode()
 
     def _call(self, name: str, *arguments: Any) -> Any:
+        if self.watch is None:
+            return 0
         import ray
 
-        return ray.get(getattr(self.watch, name).remote(*arguments)) if self.watch is not None else 0
+        return ray.get(getattr(self.watch, name).remote(*arguments))
 
     def start(self) -> None:
         """Say that the model is about to be loaded."""

@@ -23,6 +23,8 @@ def checkout(tmp_path) -> Path:
         "data/a.bin": "a" * 5000,
         "data/deep/b.bin": "b" * 4000,
         "key.pem": "secret",
+        "token": "the cluster's",
+        "data/cluster.token": "too",
         "run.sh": "#!/bin/sh",
     }
     for name, text in files.items():

@@ -85,6 +85,17 @@ def test_labels_are_days_or_times_of_one_day():
     assert findings.labels_of(records[:1]) == ["27 Nov"]
 
 
+def test_gates_of_vectors():
+    seen = {"rows": 9, "not_finite": 1, "odd_length": 2, "identical": 0.25, "dead_dimensions": 0.0}
+    first = findings.gate_rows({"gates": {"vectors": seen}})[0]  # as earlier versions wrote it
+    assert first == ["vectors", "3 bad of 9 vectors", "0", "passed"]
+    seen |= {"disagreeing": 4}
+    refused = {"gates": {"vectors": seen}, "reasons": ["vectors: of 9"]}
+    assert findings.gate_rows(refused)[0] == ["vectors", "7 bad of 9 vectors", "0", "refused"]
+    wrong = findings.gate_rows({"gates": {"vectors": {}}, "reasons": ["vectors: the column vector is"]})
+    assert wrong == [["vectors", "a column of another type", "none", "refused"]]
+
+
 def test_gates():
     gates = {"max_dead": {"dead": 3, "most": 10}, "canaries": {"distance": 0.5, "bound": 1e-3}}
     rows = findings.gate_rows({"gates": gates, "reasons": ["canaries: embedded again"]})

@@ -6,7 +6,15 @@ import pytest
 
 from jobs import spread as spreading
 from jobs.configuration import ComputeSettings
-from jobs.spread import BLOCK_CHARS, choose_device, dtype_of_workers, is_little, plan_single, plan_workers
+from jobs.spread import (
+    BLOCK_CHARS,
+    NoMachineError,
+    choose_device,
+    dtype_of_workers,
+    is_little,
+    plan_single,
+    plan_workers,
+)
 from model.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("ray_session")  # of four logical CPUs
@@ -44,6 +52,11 @@ def test_device_and_precision_are_those_of_the_machines(monkeypatch):
     monkeypatch.setenv("NIGHTLOOM_ADDRESS", "auto")
     assert choose_device("auto") == choose_device("cpu") == "cpu"
     monkeypatch.setattr(spreading, "bring_machine", lambda *, gpu: False)  # no autoscaler brings one
+    with pytest.raises(NoMachineError, match="no GPU for an actor, and no machine with one came; try again later"):
+        choose_device("cuda")  # a shortage, not a mistake
+    with pytest.raises(NoMachineError, match="no CPU for an actor"):
+        dtype_of_workers("auto", "cpu")
+    monkeypatch.delenv("NIGHTLOOM_ADDRESS")
     with pytest.raises(InputError, match="there is no GPU here"):
         choose_device("cuda")
     assert dtype_of_workers(None, "cpu") in ("float32", "bfloat16")

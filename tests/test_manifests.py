@@ -1,4 +1,4 @@
-"""What an operator applies: Ray's schema for `ray up`, the fields of KubeRay 1.6 and Kubernetes, commands that parse.
+"""What an operator applies: Ray's schema for `ray up`, the fields of KubeRay 1.7 and Kubernetes, commands that parse.
 
 An API server drops fields that it does not know without a word. So the fields that these manifests may use are written
 out here, and one that is misspelt, or stands a level too high, is found.

@@ -1,5 +1,8 @@
 """The watch: what died together is gone through alone, what died alone twice is given up, nothing goes on for ever."""
 
+import subprocess
+import sys
+
 import pyarrow as pa
 import pytest
 
@@ -170,3 +173,14 @@ def test_documents_without_tokens_waste_none(monkeypatch):
     guard = Guard(Direct(watch, monkeypatch), "tokenize")
     guard.run(table_of(["a"]), lambda part: [], lambda one: [])
     assert watch.wasted() == 0
+
+
+def test_nothing_is_watched_without_ray() -> None:
+    """A single process has no watch, and is to start without importing Ray."""
+    code = (
+        "import sys\n"
+        "from pipeline.quarantine import Guard\n"
+        "Guard(None, 'embed').start()\n"
+        "sys.exit('ray' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
