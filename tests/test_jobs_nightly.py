@@ -12,7 +12,7 @@ from model.errors import InputError
 from model.folder import weights_hash
 from pipeline.lease import Lease
 from pipeline.ledger import read_records
-from pipeline.table import PAGE, EmbeddingTable
+from pipeline.table import NEXT, PAGE, EmbeddingTable
 
 
 @pytest.fixture
@@ -178,3 +178,28 @@ def test_the_model_is_the_one_that_comes_with_nightloom_unless_one_is_named(tmp_
     monkeypatch.setenv("NIGHTLOOM_MODEL", "/models/mine")
     made = NightlyConfiguration.model_validate({"tables": {"a": table, "b": {**table, "model": "/models/b"}}})
     assert [settings.model for settings in made.tables.values()] == ["/models/mine", "/models/b"]
+
+
+def test_a_migration_takes_its_nights(settings, tmp_path):
+    """Limited nights, a night of nothing, and the setting left in place afterwards: one entry for each start."""
+    assert night(settings).status == "published"
+    before = EmbeddingTable.open(str(settings["table"]), "published").recipe.dim
+    small = {"actors": 1, "block_chars": 100, "commit_every_s": 0}
+    new = settings | {"vectors": {"dtype": "float32", "dim": 16}, "compute": small, "migrate": True}
+    first = night(new, budget_tokens=1)
+    assert first.status == "partial"
+    assert EmbeddingTable.open(str(settings["table"]), "published").recipe.dim == before
+    second = night(new)
+    assert (second.status, second.report["left"]) == ("published", 0)
+    assert EmbeddingTable.open(str(settings["table"]), "published").recipe.dim == 16
+    assert not (tmp_path / "table.lance" / NEXT).exists()
+    (tmp_path / "source" / "ant.txt").write_text("now something else")
+    third = night(new)
+    assert (third.status, third.report["embedded"]) == ("published", 1)
+    assert night(new).status == "unchanged"
+    records = read_records(str(settings["table"]))
+    assert [r["status"] for r in records if r["job"] == "nightly"] == [
+        *("published", "partial", "published", "published", "unchanged")
+    ]
+    # The night after the migration is told in full, like any other.
+    assert records[-2]["planned"]["changed"] == 1
