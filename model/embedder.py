@@ -95,6 +95,7 @@ class Embedder(Protocols):
         self.pooling, self.normalize = self.folder.pooling, self.folder.normalize
         self.prompts, self.default_prompt_name = self.folder.prompts, self.folder.default_prompt_name
         self.max_tokens, self.dim = self.folder.max_tokens, self.folder.dim
+        self.similarity_fn_name = self.folder.similarity_fn_name
         kind = ("int8 weights, " if self.folder.int8 else "") + str(self.dtype).removeprefix("torch.")
         log.info("%s on %s, %s (%s)", self.folder.path, self.device, kind, self.dtype_reason)
         log.info("attention %s (%s)", encoder.attention, encoder.attention_reason)
