@@ -142,7 +142,8 @@ class Embedder(Protocols):
         Args:
             texts: any number, of any length; a single string gives a single vector. Or mteb's batches.
             prompt_name, prompt: see `prompt_text`.
-            normalize_embeddings: unit length; None does what the folder says.
+            normalize_embeddings: unit length; None and False do what the folder says, as in sentence-transformers,
+                where False is the default and a Normalize module acts all the same. Set `normalize` to change it.
             truncate_dim: keep the first dimensions only (Matryoshka), before normalising.
             tokens_per_batch: token budget of a forward pass.
             prompt_type: mteb's "query" or "document"; takes the folder's prompt of that name.
@@ -180,7 +181,9 @@ class Embedder(Protocols):
             offsets = np.asarray(batch.host_offsets(), dtype=np.int64)
             starts = np.minimum(offsets[:-1] + skip, offsets[1:] - 1)
             sums, weights = self.embed_segments(batch, starts, offsets[1:])
-            vectors[group] = self.finish(sums, weights, normalize=normalize_embeddings, truncate_dim=truncate_dim)
+            vectors[group] = self.finish(
+                sums, weights, normalize=normalize_embeddings or None, truncate_dim=truncate_dim
+            )
         return torch.from_numpy(vectors) if convert_to_tensor else vectors  # type: ignore[return-value]
 
     def _truncate(self, ids: list[int]) -> list[int]:

@@ -60,6 +60,7 @@ def theirs(tiny_model_folder: Path) -> Any:
         {"prompt_name": "document"},
         {"prompt": "any words: "},
         {"truncate_dim": 24, "normalize_embeddings": True},
+        {"normalize_embeddings": False},  # their default: a Normalize module acts all the same
     ],
     ids=str,
 )

@@ -81,6 +81,9 @@ def test_evaluators_of_sentence_transformers(ours: Embedder, theirs: Any) -> Non
     evaluators = [
         evaluation.InformationRetrievalEvaluator(queries, {str(i): t for i, t in enumerate(TEXTS)}, relevant),
         evaluation.EmbeddingSimilarityEvaluator(*halves, [i / 12 for i in range(12)]),
+        evaluation.EmbeddingSimilarityEvaluator(
+            *halves, [i / 12 for i in range(12)], similarity_fn_names=["cosine", "dot", "euclidean"]
+        ),
         evaluation.BinaryClassificationEvaluator(*halves, [i % 2 for i in range(12)]),
         evaluation.TripletEvaluator(TEXTS[:6], TEXTS[1:7], TEXTS[12:18]),
     ]
