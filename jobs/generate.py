@@ -6,12 +6,12 @@ tell the model that the text is over. Generation stops at that token too.
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from model.errors import InputError
-from model.folder import ModelFolder, check_tokenizer, load_tokenizer, read_folder
+from model.folder import ModelFolder, check_tokenizer, load_tokenizer, read_folder, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,14 @@ def run_generate(
 
 
 def stop_tokens(folder: ModelFolder) -> tuple[int, ...]:
-    """What ends a text: `eos_token_id`, one or several, and `sep_token_id`."""
-    named = folder.config.extra.get("eos_token_id")
-    listed: Iterable[Any] = named if isinstance(named, list) else [named]
-    return tuple(sorted({token for token in (*listed, folder.config.sep_id) if isinstance(token, int)}))
+    """What ends a text: `sep_token_id`, and `eos_token_id`, one or several, of config.json and generation_config.json,
+    where Hugging Face looks first.
+    """
+    generation = read_json(folder.path / "generation_config.json", default={})
+    stops = {folder.config.sep_id}
+    for named in (folder.config.extra.get("eos_token_id"), generation.get("eos_token_id")):
+        stops.update(named if isinstance(named, list) else [named])
+    return tuple(sorted(token for token in stops if isinstance(token, int)))
 
 
 def prompt_tokens(ids: list[int], stops: tuple[int, ...]) -> list[int]:

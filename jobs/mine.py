@@ -18,7 +18,7 @@ from pydantic import Field
 
 from jobs.configuration import Settings
 from jobs.report import clock, line
-from jobs.search import columns_of, find_model
+from jobs.search import columns_of, encode_questions, find_model
 from model.errors import InputError
 from pipeline.columns import hash_texts
 from pipeline.documents import read_documents
@@ -116,7 +116,8 @@ def run_mine(configuration: MineConfiguration) -> MineReport:
     pairs = read_table(configuration.queries, "mining")
     questions = strings(pairs, "query")
     positives = positive_ids(table, pairs)
-    vectors = encode(table, configuration, questions)
+    model = find_model(table, [configuration.model or table.model])
+    vectors = encode_questions(table, model, questions, configuration.device)
     many = ROWS_PER_DOCUMENT if table.recipe.granularity != "document" else 1
     answers = answers_of(questions, positives)
     wanted = configuration.last_rank + max(map(len, answers))
@@ -149,14 +150,6 @@ def run_mine(configuration: MineConfiguration) -> MineReport:
         too_near=too_near,
         seconds=round(time.monotonic() - started, 1),
     )
-
-
-def encode(table: EmbeddingTable, configuration: MineConfiguration, questions: Sequence[str]) -> np.ndarray:
-    """The questions in the table's space, as `nightloom search` encodes them."""
-    from model.embedder import Embedder
-
-    embedder = Embedder(find_model(table, [configuration.model or table.model]), device=configuration.device)
-    return embedder.encode_query(questions, normalize_embeddings=table.recipe.normalize, truncate_dim=table.recipe.dim)
 
 
 def positive_ids(table: EmbeddingTable, pairs: pa.Table) -> list[str]:

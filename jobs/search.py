@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from jobs.configuration import ColumnSettings
 from jobs.plan import read_columns
 from model.errors import InputError
@@ -90,11 +92,7 @@ def run_search(
         raise InputError("the question is empty")
     table = EmbeddingTable.open(uri, PUBLISHED)
     name = find_model(table, [model] if model else [table.model, *elsewhere])
-    from model.embedder import Embedder
-
-    embedder = Embedder(name, device=device)
-    vector = embedder.encode_query(query, normalize_embeddings=table.recipe.normalize, truncate_dim=table.recipe.dim)
-    rows = table.search(vector, k).to_pylist()
+    rows = table.search(encode_questions(table, name, [query], device)[0], k).to_pylist()
     texts = read_texts(table, rows)
     hits = [
         Hit(
@@ -110,6 +108,17 @@ def run_search(
         for rank, row in enumerate(rows, 1)
     ]
     return SearchReport(job="search", status="done", table=uri, version=table.version, query=query, hits=hits)
+
+
+def encode_questions(table: EmbeddingTable, model: str, questions: Sequence[str], device: str) -> np.ndarray:
+    """Questions in the table's space, (len(questions), dim): with the model's prompt for them, of unit length where the
+    recipe says so.
+    """
+    from model.embedder import Embedder
+
+    embedder = Embedder(model, device=device)
+    embedder.normalize = table.recipe.normalize
+    return embedder.encode_query(questions, truncate_dim=table.recipe.dim)
 
 
 def find_model(table: EmbeddingTable, names: Sequence[str]) -> str:

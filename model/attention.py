@@ -18,8 +18,9 @@ from torch import Tensor
 
 from model import kernels
 from model.batch import PackedBatch
+from model.config import QUERY_BLOCK
 from model.errors import InputError
-from model.patterns import QUERY_BLOCK, Pattern, first_tokens, visible, window_bias
+from model.patterns import Pattern, first_tokens, visible, window_bias
 from model.rotary import rotate
 from model.sparse import attend_selected, selected_mask
 
@@ -343,8 +344,16 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype, head_size: 
         return (
             None if _varlen_knows_windows() else "needs torch.nn.attention.varlen with window_size (torch 2.13 has it)"
         )
-    if capability < (7, 5):
-        return "needs compute capability 7.5"
+    # What follows is of xformers 0.0.35: `not_supported_reasons` of its cutlass operator, which alone takes the tensor
+    # biases of windowed layers.
+    if not (7, 5) <= capability <= (9, 0):
+        return "needs compute capability 7.5 to 9.0"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return "needs float32, float16 or bfloat16"
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        return "needs compute capability 8.0 for bfloat16"
+    if head_size % (16 // dtype.itemsize):
+        return f"needs a head size that is a multiple of {16 // dtype.itemsize}"
     try:
         import xformers.ops  # noqa: F401
     except ImportError:

@@ -34,7 +34,7 @@ TOKENS_PER_BATCH = {"cpu": 2_048, "cuda": 65_536}
 cores, short documents took 14 % less time than at 8,192 tokens."""
 
 LEAST_TOKENS = 2_048
-"""However little memory a GPU says it has: a batch that does not fit is halved by whoever embeds."""
+"""However little memory a GPU says it has: a batch that does not fit is halved, by `encode` and by the pipeline."""
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -95,6 +95,7 @@ class Embedder(Protocols):
         self.pooling, self.normalize = self.folder.pooling, self.folder.normalize
         self.prompts, self.default_prompt_name = self.folder.prompts, self.folder.default_prompt_name
         self.max_tokens, self.dim = self.folder.max_tokens, self.folder.dim
+        self.similarity_fn_name = self.folder.similarity_fn_name
         kind = ("int8 weights, " if self.folder.int8 else "") + str(self.dtype).removeprefix("torch.")
         log.info("%s on %s, %s (%s)", self.folder.path, self.device, kind, self.dtype_reason)
         log.info("attention %s (%s)", encoder.attention, encoder.attention_reason)
@@ -141,7 +142,8 @@ class Embedder(Protocols):
         Args:
             texts: any number, of any length; a single string gives a single vector. Or mteb's batches.
             prompt_name, prompt: see `prompt_text`.
-            normalize_embeddings: unit length; None does what the folder says.
+            normalize_embeddings: unit length; None and False do what the folder says, as in sentence-transformers,
+                where False is the default and a Normalize module acts all the same. Set `normalize` to change it.
             truncate_dim: keep the first dimensions only (Matryoshka), before normalising.
             tokens_per_batch: token budget of a forward pass.
             prompt_type: mteb's "query" or "document"; takes the folder's prompt of that name.
@@ -173,18 +175,44 @@ class Embedder(Protocols):
         dim = min(truncate_dim or self.dim, self.dim)
         vectors = np.empty((len(sequences), dim), dtype=np.float32)
         budget = tokens_per_batch or self.tokens_per_batch
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        for group in _by_budget(order, [len(s) for s in sequences], budget):
-            batch = pack([sequences[i] for i in group])
+        lengths = np.array([len(s) for s in sequences], dtype=np.int64)
+        order = np.argsort(-lengths, kind="stable")
+        before = np.concatenate([[0], np.cumsum(lengths[order])])  # tokens of all texts that come earlier
+        first = 0
+        while first < len(order):
+            # A text over the budget goes alone.
+            last = max(first + 1, int(np.searchsorted(before, before[first] + budget, side="right")) - 1)
+            batch = pack([sequences[i] for i in order[first:last]])
             offsets = np.asarray(batch.host_offsets(), dtype=np.int64)
             starts = np.minimum(offsets[:-1] + skip, offsets[1:] - 1)
-            sums, weights = self.embed_segments(batch, starts, offsets[1:])
-            vectors[group] = self.finish(sums, weights, normalize=normalize_embeddings, truncate_dim=truncate_dim)
+            pooled = self._embed_if_it_fits(batch, starts, offsets[1:])
+            if pooled is None:
+                budget = batch.num_tokens // 2
+                continue
+            vectors[order[first:last]] = self.finish(
+                *pooled, normalize=normalize_embeddings or None, truncate_dim=truncate_dim
+            )
+            first = last
         return torch.from_numpy(vectors) if convert_to_tensor else vectors  # type: ignore[return-value]
 
     def _truncate(self, ids: list[int]) -> list[int]:
         """The first `max_tokens` tokens, the closing special token kept."""
         return ids if len(ids) <= self.max_tokens else ids[: self.max_tokens - 1] + ids[-1:]
+
+    def _embed_if_it_fits(
+        self, batch: PackedBatch, starts_R: np.ndarray, ends_R: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """`embed_segments`; None where several texts together do not fit into the device's memory."""
+        try:
+            return self.embed_segments(batch, starts_R, ends_R)
+        except torch.OutOfMemoryError:
+            if len(starts_R) == 1:
+                raise
+        # Out here, because an exception keeps alive what its frames hold, and with it the device's memory.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("a batch of %d tokens does not fit into the device's memory and is halved", batch.num_tokens)
+        return None
 
     @torch.inference_mode()
     def embed_segments(
@@ -250,19 +278,6 @@ def scrub(text: str) -> str:
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _by_budget(order: list[int], lengths: list[int], budget: int) -> list[list[int]]:
-    """Cut an order of texts into groups of at most `budget` tokens; a text over it stands alone."""
-    groups: list[list[int]] = []
-    used = 0
-    for i in order:
-        if not groups or used + lengths[i] > budget:
-            groups.append([])
-            used = 0
-        groups[-1].append(i)
-        used += lengths[i]
-    return groups
 
 
 def choose_device(name: str) -> torch.device:

@@ -52,6 +52,8 @@ class ModelFolder:
     default_prompt_name: str | None = None
     max_tokens: int = 8192
     truncate_dim: int | None = None
+    similarity_fn_name: str = "cosine"
+    """How vectors are to be compared, by sentence-transformers' name: "cosine", "dot", "euclidean" or "manhattan"."""
     weight_files: tuple[Path, ...] = ()
     int8: bool = False
     """Whether the weights are those of `model.quantized`."""
@@ -71,6 +73,7 @@ class ModelFolder:
             "include_prompt",
             "max_tokens",
             "truncate_dim",
+            "similarity_fn_name",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -114,14 +117,14 @@ def read_folder(folder_or_id: str | os.PathLike[str], *, causal: bool = False) -
         InputError: no model there, another architecture or kind, a module that is not supported.
     """
     path = resolve_folder(folder_or_id)
-    modules = _read_json(path / "modules.json", default=[])
+    modules = read_json(path / "modules.json", default=[])
     kinds = [str(m.get("type", "")).rpartition(".")[2] for m in modules]
     transformer = path / modules[kinds.index("Transformer")].get("path", "") if "Transformer" in kinds else path
     if not (transformer / "config.json").is_file():
         raise InputError(
             f"{path} holds no model: config.json is missing; give a Hugging Face or sentence-transformers folder"
         )
-    hf = _read_json(transformer / "config.json")
+    hf = read_json(transformer / "config.json")
     try:
         config = EncoderConfig.from_hf(hf)
     except InputError as error:
@@ -133,7 +136,7 @@ def read_folder(folder_or_id: str | os.PathLike[str], *, causal: bool = False) -
     int8 = _is_int8(hf, transformer)
     settings: dict[str, Any] = {}
     for module, kind in zip(modules, kinds, strict=True):
-        options = _read_json(path / module.get("path", "") / "config.json", default={}) if kind != "Transformer" else {}
+        options = read_json(path / module.get("path", "") / "config.json", default={}) if kind != "Transformer" else {}
         if kind == "Pooling":
             settings["pooling"] = _pooling(options, path)
             settings["include_prompt"] = bool(options.get("include_prompt", True))
@@ -143,20 +146,20 @@ def read_folder(folder_or_id: str | os.PathLike[str], *, causal: bool = False) -
             raise InputError(
                 f"{path}/modules.json has a {kind or 'nameless'} module; supported are Transformer, Pooling, Normalize"
             )
-    st = _read_json(path / "config_sentence_transformers.json", default={})
+    st = read_json(path / "config_sentence_transformers.json", default={})
     settings["prompts"] = {k: v for k, v in (st.get("prompts") or {}).items() if isinstance(v, str)}
     settings["default_prompt_name"] = st.get("default_prompt_name")
     settings["truncate_dim"] = st.get("truncate_dim")
-    limits = [
-        config.max_tokens,
-        _read_json(transformer / "sentence_bert_config.json", default={}).get("max_seq_length"),
-        _read_json(transformer / "tokenizer_config.json", default={}).get("model_max_length"),
-    ]
+    settings["similarity_fn_name"] = st.get("similarity_fn_name") or "cosine"
+    # As in sentence-transformers the tokenizer's limit counts where no other is stated; unlike there nothing goes
+    # beyond the positions that the model was trained on.
+    stated = read_json(transformer / "sentence_bert_config.json", default={}).get("max_seq_length")
+    limit = stated or read_json(transformer / "tokenizer_config.json", default={}).get("model_max_length")
     return ModelFolder(
         path=transformer,
         config=config,
         architecture=architecture,
-        max_tokens=min(int(limit) for limit in limits if limit),
+        max_tokens=min(config.max_tokens, int(limit or config.max_tokens)),
         weight_files=_weight_files(transformer, INT8_FILE if int8 else SINGLE),
         int8=int8,
         **settings,
@@ -190,7 +193,7 @@ def _weight_files(path: Path, single: str) -> tuple[Path, ...]:
     if (path / single).is_file():
         return (path / single,)
     if (path / INDEX).is_file():
-        names = sorted(set(_read_json(path / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
         if any("/" in n or "\\" in n or not n.endswith(".safetensors") for n in names):
             raise InputError(
                 f"{path / INDEX} names a file outside the folder or of another kind; only *.safetensors are read"
@@ -203,7 +206,15 @@ def _weight_files(path: Path, single: str) -> tuple[Path, ...]:
     raise InputError(f"{path} has no weights: {single} is missing{extra}; convert the model to safetensors")
 
 
-def _read_json(path: Path, default: Any = None) -> Any:
+def read_json(path: Path, default: Any = None) -> Any:
+    """What a JSON file holds: an object, or a list where `default` is one.
+
+    Args:
+        default: what to give where there is no such file; None refuses.
+
+    Raises:
+        InputError: missing, unreadable, or something else.
+    """
     if default is not None and not path.is_file():
         return default
     try:

@@ -34,7 +34,7 @@ def tile(small: MaskedLanguageModel, large: MaskedLanguageModel) -> None:
     so that order is kept and every layer is used.
 
     Raises:
-        InputError: another vocabulary or head size, or a large model that is smaller somewhere.
+        InputError: another vocabulary, head size or set of parameters, or a large model that is smaller somewhere.
     """
     before, after = small.model.config, large.model.config
     _check(before, after)
@@ -44,18 +44,20 @@ def tile(small: MaskedLanguageModel, large: MaskedLanguageModel) -> None:
         if parts[:2] == ["model", "layers"]:
             parts[2] = str(int(parts[2]) * before.num_layers // after.num_layers)
         origin = ".".join(parts)
-        if origin.endswith("layers.0.attn_norm.weight"):
-            # A first layer has no attention norm; where it is repeated, the next layer's stands in.
-            origin = origin.replace("layers.0.", "layers.1.")
+        # A first layer has no attention norm; where it is repeated, the next layer's stands in.
+        origin = origin.replace("layers.0.attn_norm.", "layers.1.attn_norm.")
         parameter.copy_(_tiled(name, source[origin], parameter, before, after))
 
 
 def _check(before: EncoderConfig, after: EncoderConfig) -> None:
-    for name in ("vocab_size", "head_size", "norm_bias", "attention_bias", "mlp_bias", "decoder_bias"):
+    biases = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias", "decoder_bias")
+    for name in ("vocab_size", "head_size", *biases, "tie_word_embeddings"):
         if getattr(before, name) != getattr(after, name):
             raise InputError(
                 f"a model with {name} {getattr(after, name)} cannot grow out of one with {getattr(before, name)}"
             )
+    if before.num_layers == 1 < after.num_layers:
+        raise InputError("a model of one layer has no attention norm that those of a deeper one could come from")
     for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
         if getattr(before, name) > getattr(after, name):
             raise InputError(

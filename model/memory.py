@@ -4,7 +4,7 @@ Counted per token is what is alive at the worst moment; a share of the memory is
 allocator's fragments, workspaces of libraries, a table of rotary angles). T tokens, D width, I intermediate size.
 """
 
-from model.config import EncoderConfig
+from model.config import QUERY_BLOCK, EncoderConfig
 from model.flops import Mode
 
 SPARE = 0.2
@@ -27,15 +27,17 @@ def weight_bytes(config: EncoderConfig, mode: Mode, bytes_per_value: int = 2) ->
 def token_bytes(config: EncoderConfig, mode: Mode, bytes_per_value: int = 2) -> int:
     """What one more token takes.
 
-    forward: residual stream, normed input, query, key and value, their copies in overlapping blocks of 64 with a window
-    to each side (the back-end that needs most), and the result. training: what every layer keeps for its backward pass:
-    the inputs of both norms, of four products, of attention and of GeGLU. recompute: the stream before each layer, and
-    one layer's worth of the rest.
+    forward: residual stream, normed input, query, key and value; their copies in blocks, of QUERY_BLOCK queries and of
+    keys and values with a window to each side, and the bias of a block (the back-end that needs most); the result
+    twice, as attention and as the encoder give it. training: what every layer keeps for its backward pass: the inputs
+    of both norms, of four products, of attention and of GeGLU. recompute: the stream before each layer, and one layer's
+    worth of the rest.
     """
     d, i, b = config.hidden_size, config.intermediate_size, bytes_per_value
     if mode == "forward":
-        overlap = (64 + 2 * config.window) / 64
-        return int(WIDE * d + b * d + 3 * b * d + 2 * overlap * b * d + b * d + WIDE * d)
+        keys = QUERY_BLOCK + 2 * config.window
+        blocks = b * d + 2 * b * d * keys / QUERY_BLOCK + b * keys
+        return int(WIDE * d + b * d + 3 * b * d + blocks + b * d + WIDE * d)
     # Queries and keys are kept as they were turned, beside the projection that values are a view of.
     layer = 2 * WIDE * d + 2 * b * d + 5 * b * d + b * d + 4 * b * i
     if mode == "training":

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.batch import PackedBatch
+from model.config import QUERY_BLOCK
 
-QUERY_BLOCK = 32
-"""Queries per block in windowed layers. Keys per block are QUERY_BLOCK + 2 * window. At base size in bfloat16 on two
-cores 2,048 tokens took a layer 16 ms at 32, 21 at 64, 23 at 128, 29 at 256: what is computed in vain grows."""
+ROW_VALUES = 8
+"""A row of a bias begins at a multiple of so many values: xformers' kernel reads 16 bytes at a time and refuses other
+strides, such as the 158 columns of a decoder's window of 64 keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,9 @@ def window_bias(batch: PackedBatch, pattern: Pattern, dtype: torch.dtype) -> Ten
         _, before_CG = first_tokens(batch, pattern.num_global, w)
         mask_CBG = (queries_CB[:, :1] == queries_CB)[:, :, None] & before_CG[:, None]
         mask_CBK = torch.cat([mask_CBK, mask_CBG], dim=2)
-    bias_CBK = torch.zeros(mask_CBK.shape, dtype=dtype, device=device).masked_fill_(~mask_CBK, -math.inf)
-    return bias_CBK[:, None]
+    columns = mask_CBK.shape[2]
+    wide = torch.zeros(blocks, QUERY_BLOCK, -(-columns // ROW_VALUES) * ROW_VALUES, dtype=dtype, device=device)
+    return wide[:, None, :, :columns].masked_fill_(~mask_CBK[:, None], -math.inf)
 
 
 def first_tokens(batch: PackedBatch, num_global: int, window: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.errors import InputError
+
 QUERY_PROMPTS = ("query", "search_query", "question")
 """Names under which model folders keep the prompt for questions; the first that there is counts."""
 DOCUMENT_PROMPTS = ("document", "passage", "search_document", "corpus")
@@ -38,7 +40,7 @@ class Protocols:
 
     prompts: dict[str, str]
     encode: Any
-    similarity_fn_name = "cosine"
+    similarity_fn_name: str = "cosine"
     mteb_model_meta = None
     """mteb then records an unnamed model; an evaluation that is kept has the hash of the weights instead."""
     model_card_data = ModelCard()
@@ -62,17 +64,25 @@ class Protocols:
         return {"prompt_name": known[0]} if known and not named else {}
 
     def similarity(self, first: Vectors, second: Vectors) -> Tensor:
-        """Cosines of all pairs, (N, M)."""
-        return unit(first) @ unit(second).T
+        """Cosines of all pairs, (N, M); dot products where the folder says so.
+
+        Raises:
+            InputError: the folder wants another measure.
+        """
+        return self._compared(first) @ self._compared(second).T
 
     def similarity_pairwise(self, first: Vectors, second: Vectors) -> Tensor:
-        """Cosines of pairs, (N,)."""
-        return (unit(first) * unit(second)).sum(dim=-1)
+        """The same of pairs, (N,)."""
+        return (self._compared(first) * self._compared(second)).sum(dim=-1)
 
-
-def unit(vectors: Vectors) -> Tensor:
-    """(N, D) float32 of unit length; a single vector is one row."""
-    return torch.nn.functional.normalize(torch.atleast_2d(torch.as_tensor(vectors)).float(), dim=-1)
+    def _compared(self, vectors: Vectors) -> Tensor:
+        """(N, D) float32, whose products are the similarities; a single vector is one row."""
+        rows_ND = torch.atleast_2d(torch.as_tensor(vectors)).float()
+        if self.similarity_fn_name == "dot":
+            return rows_ND
+        if self.similarity_fn_name == "cosine":
+            return torch.nn.functional.normalize(rows_ND, dim=-1)
+        raise InputError(f"the model's similarity is {self.similarity_fn_name!r}; computed here are cosine and dot")
 
 
 def check_left(options: Mapping[str, Any]) -> None:

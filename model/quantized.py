@@ -3,7 +3,8 @@
 Every output channel of a projection has a float32 scale, and so has every row of the embedding; norms stay as they are.
 On a CPU activations are quantized too, each token by its own largest value, and the products are exact (int32,
 `torch._int_mm`). Elsewhere only the weights are int8: they are multiplied in the dtype of the activations, which holds
-them exactly, and the scale comes after. No gradients. Shape suffixes: T tokens, I inputs, O outputs.
+them exactly, and the scale comes after; in float16 a part of it before. No gradients. Shape suffixes: T tokens, I
+inputs, O outputs.
 """
 
 import torch
@@ -15,6 +16,9 @@ from model.encoder import Encoder, Layer
 
 LARGEST = 127
 """-128 is not used, so that a value and its negative are quantized alike."""
+HALF_STEP = 2.0**-10
+"""What a step of a weight is in a float16 product: sums of whole steps pass 65,504 where an activation is large, as
+happens in trained encoders. A power of two, so that the weights stay exact."""
 PROJECTIONS = (("attn", "Wqkv"), ("attn", "Wo"), ("mlp", "Wi"), ("mlp", "Wo"))
 
 
@@ -33,7 +37,10 @@ class QuantizedLinear(nn.Module):
             sums_TO = torch._int_mm(quantized_TI, self.weight.t())
             y_TO = kernels.scale_sums(sums_TO, scale_T, self.weight_scale, x_TI.dtype)
         else:
-            y_TO = F.linear(x_TI, self.weight.to(x_TI.dtype)) * self.weight_scale.to(x_TI.dtype)
+            step, weight_OI = 1.0, self.weight.to(x_TI.dtype)
+            if x_TI.dtype == torch.float16:
+                step, weight_OI = HALF_STEP, weight_OI.mul_(HALF_STEP)
+            y_TO = F.linear(x_TI, weight_OI) * (self.weight_scale / step).to(x_TI.dtype)
         return y_TO if self.bias is None else y_TO + self.bias.to(x_TI.dtype)
 
 

@@ -21,7 +21,7 @@ from model.config import EncoderConfig
 from model.decoder import CausalLanguageModel, Decoder
 from model.encoder import Encoder
 from model.errors import InputError
-from model.folder import INT8, INT8_FILE, POOLING_NAMES, SINGLE, ModelFolder
+from model.folder import INT8, INT8_FILE, POOLING_NAMES, SINGLE, ModelFolder, read_json
 from model.heads import HEADS, Headed, MaskedLanguageModel
 from model.quantized import QuantizedEmbedding, quantize
 
@@ -152,6 +152,7 @@ def save_folder(
     include_prompt: bool = True,
     max_tokens: int | None = None,
     truncate_dim: int | None = None,
+    similarity_fn_name: str = "cosine",
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a folder that `transformers`, and with `pooling` `sentence-transformers`, load. It appears whole or not
@@ -163,6 +164,7 @@ def save_folder(
         tokenizer_from: a folder whose tokenizer files are copied.
         pooling: one of "mean", "cls", "last", "weighted_mean": writes the sentence-transformers files too, and what
             follows into them. `ModelFolder.sentence_options` gives all of it as another folder has it.
+        max_tokens: beyond which texts are cut, said by the tokenizer files too; None is the configuration's.
         dtype: of the saved tensors; None keeps theirs.
     """
     path = Path(path)
@@ -185,14 +187,12 @@ def save_folder(
         (staging / file).chmod(0o644)  # safetensors writes it for its owner alone
         _write_json(staging / "config.json", config)
         if tokenizer_from is not None:
-            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-                if (Path(tokenizer_from) / name).is_file():
-                    shutil.copy(Path(tokenizer_from) / name, staging / name)
+            _copy_tokenizer(Path(tokenizer_from), staging, max_tokens or encoder.config.max_tokens)
         if pooling is not None:
             settings = {
                 "prompts": prompts or {},
                 "default_prompt_name": default_prompt_name,
-                "similarity_fn_name": "cosine",
+                "similarity_fn_name": similarity_fn_name,
                 "truncate_dim": truncate_dim,
             }
             _write_sentence_transformers(
@@ -205,6 +205,16 @@ def save_folder(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return path
+
+
+def _copy_tokenizer(source: Path, target: Path, max_tokens: int) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
+    # The limit is that of the model which the tokenizer was made for.
+    settings = read_json(target / "tokenizer_config.json", default={})
+    if settings and settings.get("model_max_length") != max_tokens:
+        _write_json(target / "tokenizer_config.json", settings | {"model_max_length": max_tokens})
 
 
 def _write_sentence_transformers(

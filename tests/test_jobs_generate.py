@@ -77,3 +77,9 @@ def test_the_closing_token_is_left_out_and_stops(folder: Path) -> None:
     for named, expected in ((None, (3,)), (9, (3, 9)), ([9, 11], (3, 9, 11))):
         (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": named}))
         assert stop_tokens(read_folder(folder, causal=True)) == expected
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 9}))
+    for named, expected in ((None, (3, 9)), (7, (3, 7, 9)), ([9, 11], (3, 9, 11))):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert stop_tokens(read_folder(folder, causal=True)) == expected
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))

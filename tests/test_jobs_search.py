@@ -1,13 +1,14 @@
 """Search: exact answers from the published version, through the table's own model, with the text that was embedded."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from test_jobs_embed import configured, text_of, write_corpus
 
 from jobs.embed import run_embed
-from jobs.search import SNIPPET_CHARS, run_search, snippet
+from jobs.search import SNIPPET_CHARS, encode_questions, run_search, snippet
 from model.embedder import Embedder
 from model.errors import InputError
 
@@ -59,6 +60,15 @@ def test_other_weights_are_refused(table, tmp_path, tiny_model_folder):
         run_search(str(table), "fox", model=str(other))
     with pytest.raises(InputError, match="-k is 0"):
         run_search(str(table), "fox", k=0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_questions_have_the_length_of_the_tables_vectors(tiny_model_folder, normalize):
+    """Whatever the model's folder says, which is unit length here."""
+    table = SimpleNamespace(recipe=SimpleNamespace(normalize=normalize, dim=24))
+    vectors = encode_questions(table, str(tiny_model_folder), ["which fox", "every night"], "cpu")
+    assert vectors.shape == (2, 24)
+    assert (np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3).all() == normalize
 
 
 def test_snippet_is_one_line_cut_at_a_word():

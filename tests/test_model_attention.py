@@ -5,6 +5,7 @@ boundary has somewhere to show.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from model.attention import BACKENDS, _to_blocks, _unfolded, attend, choose_backend, equal_runs, prepare
 from model.batch import PackedBatch, pack
+from model.config import QUERY_BLOCK, EncoderConfig
 from model.errors import InputError
-from model.patterns import QUERY_BLOCK, Pattern
+from model.patterns import Pattern, window_bias
 
 HEADS, HEAD_SIZE = 2, 16
 LENGTHS = (1, 2, 63, 64, 65, 1, 127, 128, 129, 130, 130, 257, 5)
@@ -200,6 +202,73 @@ def test_choice_is_explained() -> None:
 def test_a_backend_that_cannot_run_is_refused(name: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         choose_backend(name, device=torch.device("cpu"), dtype=torch.float32, head_size=64)
+
+
+@pytest.mark.parametrize(
+    "config", [{"causal": True}, {}, {"local_attention": 100}, {"causal": True, "sliding_window": 65}]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_xformers_takes_what_a_windowed_layer_asks_of_it(config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Windows of 63, 64, 50 and 64: the operator says itself what it refuses. Here that is a CPU, and nothing else."""
+    cutlass = pytest.importorskip("xformers.ops.fmha.cutlass")
+    asked: list[Any] = []
+
+    def note(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor) -> Tensor:
+        asked.append(Inputs(q, k, v, attn_bias))
+        return q
+
+    from xformers.ops.fmha.common import Inputs
+
+    shape = EncoderConfig(**config)
+    batch, qkv = random_inputs((300, 10), dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xformers.ops.memory_efficient_attention", note)
+        run("xformers", batch, qkv, Pattern(shape.window, shape.causal))
+    for operator in (cutlass.FwOp, cutlass.BwOp):
+        reasons = operator.not_supported_reasons(asked[0])
+        assert [reason for reason in reasons if not reason.startswith("device=cpu")] == []
+
+
+def test_rows_of_a_bias_begin_at_a_multiple_of_16_bytes() -> None:
+    """The same without xformers, whatever the window; what a row holds is as before."""
+    batch = pack([[7] * 200, [7] * 3])
+    for window in range(1, 20):
+        bias = window_bias(batch, Pattern(window), torch.float16)
+        assert bias is not None
+        assert bias.shape == (7, 1, QUERY_BLOCK, QUERY_BLOCK + 2 * window)
+        assert [stride % 8 for stride in bias.stride()[:3]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, head_size, expected",
+    [
+        ((7, 5), torch.float16, 64, "xformers"),
+        ((7, 5), torch.bfloat16, 64, "blocks"),
+        ((7, 0), torch.float16, 64, "blocks"),
+        ((8, 0), torch.float32, 64, "xformers"),
+        ((8, 0), torch.float32, 4, "xformers"),
+        ((8, 0), torch.float32, 6, "blocks"),
+        ((8, 0), torch.float64, 64, "blocks"),
+        ((7, 5), torch.float16, 12, "blocks"),
+        ((10, 0), torch.float32, 64, "blocks"),
+        ((12, 0), torch.float16, 264, "blocks"),
+    ],
+)
+def test_auto_takes_xformers_only_where_it_runs(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_size: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if expected == "xformers":
+        pytest.importorskip("xformers.ops")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda")
+    assert choose_backend("auto", device=device, dtype=dtype, head_size=head_size)[0] == expected
+    if expected == "blocks":
+        with pytest.raises(InputError, match="'xformers' cannot run here: needs"):
+            choose_backend("xformers", device=device, dtype=dtype, head_size=head_size)
 
 
 def test_every_backend_is_tested() -> None:

@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from conftest import SENTENCES
 
 from model import Embedder
-from model.batch import pack
+from model.batch import PackedBatch, pack
 from model.embedder import choose_dtype, keep_freed_memory, scrub
 from model.encoder import Encoder
 from model.errors import InputError
@@ -60,6 +61,7 @@ def theirs(tiny_model_folder: Path) -> Any:
         {"prompt_name": "document"},
         {"prompt": "any words: "},
         {"truncate_dim": 24, "normalize_embeddings": True},
+        {"normalize_embeddings": False},  # their default: a Normalize module acts all the same
     ],
     ids=str,
 )
@@ -105,6 +107,29 @@ def test_neither_order_nor_budget_matters(ours: Embedder) -> None:
     for budget in (1, 40, 600, 100_000):
         got = ours.encode(TEXTS, tokens_per_batch=budget)
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("most", [600, 40])
+def test_a_batch_that_does_not_fit_is_halved(ours: Embedder, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device of so many tokens; a text that fills it by itself is the caller's to hear of."""
+    expected, embed, tried = ours.encode(TEXTS), ours.embed_segments, []
+
+    def small(batch: PackedBatch, *ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tried.append(batch.num_tokens)
+        if batch.num_tokens > most:
+            raise torch.OutOfMemoryError("the device is out of memory")
+        return embed(batch, *ranges)
+
+    monkeypatch.setattr(ours, "embed_segments", small)
+    if most < ours.max_tokens:
+        with pytest.raises(torch.OutOfMemoryError):
+            ours.encode(TEXTS)
+        assert tried[-1] == ours.max_tokens
+        return
+    np.testing.assert_allclose(ours.encode(TEXTS), expected, rtol=0, atol=TOLERANCE)
+    failed = [count for count in tried if count > most]
+    assert failed
+    assert all(2 * later <= earlier for earlier, later in pairwise(failed))  # what was learned holds for the rest
 
 
 def test_long_texts_end_in_the_closing_token(ours: Embedder, tiny_model_folder: Path) -> None:

@@ -90,11 +90,30 @@ def test_the_transformer_may_lie_in_a_folder_of_its_own(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "where, key", [("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings")]
+    "stated, tokenizer, theirs, ours",
+    [
+        (400, 77, 400, 400),  # a stated limit, whatever the tokenizer's
+        (77, 400, 77, 77),
+        (None, 77, 77, 77),
+        (None, 1000, 512, 512),  # the configuration's
+        (1000, 77, 1000, 512),  # never beyond it, where sentence-transformers goes on
+    ],
 )
-def test_the_smallest_limit_counts(folder: Path, where: str, key: str) -> None:
-    rewrite(folder / where, **{key: 77})
-    assert read_folder(folder).max_tokens == 77
+def test_which_limit_counts(folder: Path, stated: int | None, tokenizer: int, theirs: int, ours: int) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    rewrite(folder / "sentence_bert_config.json", max_seq_length=stated)
+    rewrite(folder / "tokenizer_config.json", model_max_length=tokenizer)
+    assert read_folder(folder).max_tokens == ours
+    model = sentence_transformers.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    assert model.max_seq_length == theirs
+
+
+def test_how_vectors_are_compared(folder: Path) -> None:
+    assert read_folder(folder).similarity_fn_name == "cosine"
+    rewrite(folder / "config_sentence_transformers.json", similarity_fn_name="dot")
+    assert read_folder(folder).similarity_fn_name == "dot"
+    rewrite(folder / "config_sentence_transformers.json", similarity_fn_name=None)
+    assert read_folder(folder).similarity_fn_name == "cosine"
 
 
 def test_a_tokenizer_without_a_limit(folder: Path) -> None:

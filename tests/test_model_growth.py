@@ -97,11 +97,49 @@ def test_a_tiled_model_predicts_like_its_origin() -> None:
 
 @pytest.mark.parametrize(
     "changes, word",
-    [({"vocab_size": 60}, "vocab_size"), ({"num_heads": 4}, "head_size"), ({"num_layers": 3}, "larger")],
+    [
+        ({"vocab_size": 60}, "vocab_size"),
+        ({"num_heads": 4}, "head_size"),
+        ({"num_layers": 3}, "larger"),
+        ({"classifier_bias": True}, "classifier_bias True cannot grow out of one with False"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings False cannot grow out of one with True"),
+        ({"norm_bias": True}, "norm_bias"),
+    ],
 )
 def test_what_cannot_grow_is_one_line(changes: dict[str, int], word: str) -> None:
     with pytest.raises(InputError, match=word):
         tile(model_of(shape()), model_of(shape(**changes)))
+
+
+def test_a_single_layer_has_no_attention_norm_to_repeat() -> None:
+    tile(model_of(shape(num_layers=1)), model_of(shape(num_layers=1), seed=1))
+    with pytest.raises(InputError, match="a model of one layer has no attention norm"):
+        tile(model_of(shape(num_layers=1)), model_of(shape(num_layers=2)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True},
+        {"tie_word_embeddings": False},
+    ],
+    ids=str,
+)
+def test_every_parameter_has_an_origin(changes: dict[str, int]) -> None:
+    small = model_of(shape(**changes))
+    large = model_of(shape(**changes, hidden_size=32, num_heads=4, intermediate_size=36, num_layers=8), seed=1)
+    with torch.no_grad():
+        for value, parameter in enumerate(small.parameters(), 2):
+            parameter.fill_(value)  # so that each tells where it came from
+    tile(small, large)
+    before, after = dict(small.named_parameters()), dict(large.named_parameters())
+    for name, parameter in after.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(int(parts[2]) // 2)
+            if parts[2:4] == ["0", "attn_norm"]:
+                parts[2] = "1"
+        assert (parameter == before[".".join(parts)].flatten()[0]).all(), name
 
 
 def test_published_shapes_fit() -> None:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from model.attention import _to_blocks
 from model.batch import pack
 from model.config import FULL, preset
 from model.encoder import Encoder, init_weights
 from model.memory import fitting_tokens, token_bytes, weight_bytes
+from model.patterns import Pattern, window_bias
 
 CARDS_GB = (6, 12, 24, 40, 80)
 SHAPE = {"vocab_size": 100, "hidden_size": 128, "intermediate_size": 192, "num_layers": 6, "num_heads": 2}
@@ -38,6 +40,21 @@ def test_a_token_in_training_takes_what_autograd_keeps(dtype: torch.dtype) -> No
     init_weights(encoder, config)
     grown = (kept_bytes(encoder, 1_024) - kept_bytes(encoder, 512)) / 512
     assert grown == pytest.approx(token_bytes(config, "training", dtype.itemsize), rel=0.1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_token_in_inference_takes_its_copies_in_blocks(causal: bool) -> None:
+    """What xformers' local layers hold at once, against the count; a window of 64 makes five copies of a key."""
+    config, count = preset("base", **SHAPE, causal=causal), 4_096
+    batch = pack([[7] * count])
+    stream = torch.zeros(count, config.hidden_size)
+    qkv = torch.zeros(3, count, config.num_heads, config.head_size, dtype=torch.bfloat16)
+    bias = window_bias(batch, Pattern(config.window, causal), torch.bfloat16)
+    assert bias is not None
+    blocks = [_to_blocks(x, reach, reach).contiguous() for x, reach in zip(qkv, (0, config.window, config.window))]
+    normed = attended = qkv[0]
+    held = sum(x.nbytes for x in (stream, stream, normed, qkv, *blocks, bias, attended))
+    assert held / count == pytest.approx(token_bytes(config, "forward"), rel=0.01)
 
 
 def test_plans_for_cards_from_6_to_80_gb() -> None:

@@ -8,7 +8,8 @@ from test_model_attention import BORDERS, LENGTHS, assert_agrees, devices, rando
 
 from model.attention import prepare
 from model.batch import pack
-from model.patterns import QUERY_BLOCK, Pattern, first_tokens, visible
+from model.config import QUERY_BLOCK
+from model.patterns import Pattern, first_tokens, visible
 
 GLOBAL = [Pattern(w, causal, g) for w, g in ((0, 1), (1, 40), (8, 3), (64, 1), (64, 130)) for causal in (False, True)]
 

@@ -2,6 +2,8 @@
 sentence-transformers.
 """
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from model import Embedder
+from model.errors import InputError
 from model.protocols import texts_of
 
 TEXTS = [f"{word} {number}" for word in ("cluster", "vector", "night", "fox") for number in range(6)]
@@ -53,6 +56,22 @@ def test_similarities_are_cosines(ours: Embedder, theirs: Any) -> None:
     assert ours.similarity(a[0], b).shape == (1, 5)
 
 
+def test_similarities_are_what_the_folder_says(tiny_model_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "m"))
+    file = folder / "config_sentence_transformers.json"
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 16)).astype(np.float32)
+    for name, expected in (("dot", a @ b.T), ("euclidean", None)):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"similarity_fn_name": name}))
+        embedder = Embedder(folder, dtype="float32")
+        assert embedder.similarity_fn_name == name
+        if expected is None:
+            with pytest.raises(InputError, match="similarity is 'euclidean'; computed here are cosine and dot"):
+                embedder.similarity(a, b)
+            continue
+        np.testing.assert_allclose(embedder.similarity(a, b), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(embedder.similarity_pairwise(a, b), np.diag(expected), rtol=0, atol=1e-5)
+
+
 def test_evaluators_of_sentence_transformers(ours: Embedder, theirs: Any) -> None:
     from sentence_transformers.sentence_transformer import evaluation
 
@@ -62,6 +81,9 @@ def test_evaluators_of_sentence_transformers(ours: Embedder, theirs: Any) -> Non
     evaluators = [
         evaluation.InformationRetrievalEvaluator(queries, {str(i): t for i, t in enumerate(TEXTS)}, relevant),
         evaluation.EmbeddingSimilarityEvaluator(*halves, [i / 12 for i in range(12)]),
+        evaluation.EmbeddingSimilarityEvaluator(
+            *halves, [i / 12 for i in range(12)], similarity_fn_names=["cosine", "dot", "euclidean"]
+        ),
         evaluation.BinaryClassificationEvaluator(*halves, [i % 2 for i in range(12)]),
         evaluation.TripletEvaluator(TEXTS[:6], TEXTS[1:7], TEXTS[12:18]),
     ]

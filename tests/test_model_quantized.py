@@ -15,7 +15,7 @@ from model.embedder import Embedder
 from model.encoder import Encoder, init_weights
 from model.errors import InputError
 from model.folder import read_folder
-from model.quantized import QuantizedEmbedding, QuantizedLinear, quantize, quantize_weight
+from model.quantized import HALF_STEP, QuantizedEmbedding, QuantizedLinear, quantize, quantize_weight
 from model.weights import load_encoder, load_model, save_folder
 
 SMALL = Path(__file__).resolve().parent.parent / "models" / "nightloom-small"
@@ -62,7 +62,24 @@ def test_a_product_is_that_of_the_quantized_operands(rows: int, bias: bool, monk
     assert torch.allclose(layer(x).double(), want, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float16_holds_the_sums_of_a_large_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained encoders have channels of some hundreds: 600 times 127 steps is beyond float16, 600 times 0.06 is not."""
+    monkeypatch.setattr(kernels, "multiplies_int8", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.init.trunc_normal_(torch.empty(2304, 768), std=0.02, a=-0.06, b=0.06, generator=generator)
+    x = torch.randn(4, 768, generator=generator)
+    x[:, 5] += 600
+    layer = QuantizedLinear(768, 2304)
+    layer.weight.data, layer.weight_scale.data = quantize_weight(weight)
+    assert (x @ layer.weight.float().T).abs().max() > torch.finfo(torch.float16).max
+    want = x.half().double() @ (layer.weight.double() * layer.weight_scale[:, None].double()).T
+    worst = (layer(x.half()).double() - want).abs().max()
+    assert worst < 2**-9 * want.abs().max()  # two roundings, of the sum and of the scale
+    # The weights went into the product as they are.
+    assert torch.equal((layer.weight.half() * HALF_STEP).double() / HALF_STEP, layer.weight.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_quantized_encoder_stays_close(dtype: torch.dtype) -> None:
     batch = pack([torch.randint(500, (n,), generator=torch.Generator().manual_seed(n)).numpy() for n in (1, 70, 300)])
     with torch.no_grad():

@@ -178,10 +178,25 @@ def test_saved_here_loads_in_sentence_transformers(
         np.testing.assert_allclose(ours.encode(TEXTS, **options), expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("pooling", ["mean", None])
+@pytest.mark.parametrize("max_tokens", [1000, None])
+def test_a_folder_reads_as_long_texts_as_it_was_told(
+    tmp_path: Path, tiny_tokenizer_folder: Path, pooling: str | None, max_tokens: int | None
+) -> None:
+    """Its tokenizer was made for a model of 512."""
+    encoder = randomise(Encoder(shape(max_tokens=2048)))
+    options = {"tokenizer_from": tiny_tokenizer_folder, "pooling": pooling, "max_tokens": max_tokens}
+    folder = save_folder(encoder, tmp_path / "m", **options)
+    assert read_folder(folder).max_tokens == sentence_transformer(folder).max_seq_length == (max_tokens or 2048)
+    copied = json.loads((folder / "tokenizer_config.json").read_text())
+    original = json.loads((tiny_tokenizer_folder / "tokenizer_config.json").read_text())
+    assert copied == original | {"model_max_length": max_tokens or 2048}
+
+
 def test_what_a_folder_says_of_sentences_goes_on(tmp_path: Path, tiny_tokenizer_folder: Path) -> None:
     """As another folder is made of one: with int8 weights, after tuning, at random weights."""
     told = {"pooling": "cls", "normalize": True, "prompts": {"query": "find: "}, "default_prompt_name": "query"}
-    told |= {"include_prompt": False, "max_tokens": 77, "truncate_dim": 16}
+    told |= {"include_prompt": False, "max_tokens": 77, "truncate_dim": 16, "similarity_fn_name": "dot"}
     first = save_folder(randomise(Encoder(shape())), tmp_path / "a", tokenizer_from=tiny_tokenizer_folder, **told)
     options = read_folder(first).sentence_options()
     assert options == told
