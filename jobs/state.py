@@ -56,6 +56,9 @@ class State:
     optimizer: StableAdamW
     scale: LossScale
     guard: SpikeGuard
+    """One that has seen no step: what a source's begins as."""
+    guards: dict[str, SpikeGuard] = field(default_factory=dict)
+    """By source, for a loss that is high for one is low for another; "" where steps are of no source."""
     phase: int = 0
     """Number of the phase, from 0; as many as there are when all is done."""
     stream: StreamState = field(default_factory=StreamState)
@@ -76,6 +79,9 @@ class State:
         for group in self.optimizer.param_groups:
             if group["decays"]:
                 group["weight_decay"] = phase.settings.weight_decay
+
+    def guard_of(self, source: str) -> SpikeGuard:
+        return self.guards.setdefault(source, dataclasses.replace(self.guard))
 
     @torch.no_grad()
     def take_into_average(self) -> None:
@@ -221,7 +227,7 @@ def take_down(
         "tokens": state.tokens,
         "optimizer_steps": state.optimizer.steps,
         "scale": dataclasses.asdict(state.scale),
-        "guard": dataclasses.asdict(state.guard),
+        "guards": {source: dataclasses.asdict(guard) for source, guard in state.guards.items()},
         "averaged": state.averaged,
         "shape": state.encoder.config.to_hf(),
         "seed": configuration.seed,
@@ -237,9 +243,10 @@ def bring_back(state: State, checkpoint: Checkpoint) -> None:
     state.step, state.phase, state.tokens = checkpoint.step, record["phase"], record["tokens"]
     state.stream = StreamState(**record["stream"])
     state.scale = LossScale(**record["scale"])
-    state.guard = dataclasses.replace(
-        state.guard, **{name: record["guard"][name] for name in ("losses", "norms", "skipped")}
-    )
+    # Checkpoints of before there was one for each source have "guard".
+    for source, seen in (record["guards"] if "guards" in record else {"": record["guard"]}).items():
+        remembered = {name: seen[name] for name in ("losses", "norms", "skipped")}
+        state.guards[source] = dataclasses.replace(state.guard, **remembered)
     state.averaged = record["averaged"]
     state.optimizer.steps = record["optimizer_steps"]
     for name, parameter in state.model.named_parameters():

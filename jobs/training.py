@@ -125,7 +125,7 @@ def take_step(run: Run, state: State, phase: Phase, step: Share) -> dict[str, An
     overflowed = state.scale.value > 1 and math.isfinite(total) and not math.isfinite(norm)
     if not math.isfinite(total + norm) and not overflowed:
         raise Diverged(find_cause(run, state, phase, step))
-    accepted = not overflowed and state.guard.accepts(total, norm)
+    accepted = not overflowed and state.guard_of(values.get("source", "")).accepts(total, norm)
     rate = phase.rate_at(state.stream.bins)
     if accepted:
         scale_gradients(state.model, min(1.0, run.configuration.optimizer.clip_norm / norm) / state.scale.value)

@@ -155,6 +155,21 @@ def test_pairs_and_a_teacher_by_turns(tiny_model_folder: Path, tmp_path: Path) -
     assert {"heldout_loss", "heldout_accuracy", "heldout_cosine_distillation"} <= set(lines[-1])
 
 
+def test_a_source_is_no_spike_of_another(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Its loss lies far above that of the source which most steps are of."""
+    texts = [text for _, text in sentences(200)]
+    vectors = Embedder(tiny_model_folder, dtype="float32").encode(texts)
+    near = tmp_path / "near.jsonl"
+    rows = [{"text": text, "vector": vector.tolist()} for text, vector in zip(texts, vectors, strict=True)]
+    near.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"distillation": near, "contrastive": write_rows(tmp_path, "contrastive", 40)}
+    sets = ("data.distillation.share=9", "data.contrastive.share=1", "schedule.steps=40", "seed=1")
+    lines = train(configuration(tiny_model_folder, tmp_path / "run", data, *sets))
+    rare = [number for number, line in enumerate(lines) if line["source"] == "contrastive"]
+    assert rare == [25, 27, 31, 35], "when the guard has seen enough of the other to judge"
+    assert not any(line["skipped"] for line in lines)
+
+
 def test_labels_are_learned(tiny_masked_folder: Path, tmp_path: Path) -> None:
     """And transformers gives the same logits, under the names of the labels."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -43,8 +43,9 @@ def moved(state: Any) -> Any:
     state.optimizer.steps = 11
     state.scale.value, state.scale.good_steps = 512.0, 7
     for value in (5.0, 4.0):
-        state.guard.accepts(value, 1.0)
-    state.guard.skipped = 1
+        state.guard_of("").accepts(value, 1.0)
+        state.guard_of("rare").accepts(2 * value, 3.0)
+    state.guard_of("rare").skipped = 1
     return state
 
 
@@ -57,7 +58,7 @@ def test_what_is_taken_down_comes_back(manifest: Manifest) -> None:
     checkpoint = dataclasses.replace(checkpoint, record=json.loads(json.dumps(checkpoint.record)))
     other = begin(made, manifest, Replicas())
     bring_back(other, checkpoint)
-    for name in ("phase", "step", "tokens", "stream", "averaged", "scale", "guard"):
+    for name in ("phase", "step", "tokens", "stream", "averaged", "scale", "guards"):
         assert getattr(other, name) == getattr(state, name), name
     assert other.optimizer.steps == 11
     theirs = dict(state.model.named_parameters())
@@ -66,6 +67,18 @@ def test_what_is_taken_down_comes_back(manifest: Manifest) -> None:
         assert torch.equal(other.average[name], state.average[name])
         for mine, its in zip(other.optimizer.moments(parameter), state.optimizer.moments(theirs[name]), strict=True):
             assert torch.equal(mine, its)
+
+
+def test_a_checkpoint_of_one_guard_for_all_still_comes_back(manifest: Manifest) -> None:
+    made = configuration()
+    state = moved(begin(made, manifest, Replicas()))
+    checkpoint = take_down(state, made, plan_phases(made), facts_of(made.objective), first=True)
+    assert checkpoint is not None
+    record = dict(checkpoint.record)
+    record["guard"] = record.pop("guards")[""]
+    other = begin(made, manifest, Replicas())
+    bring_back(other, dataclasses.replace(checkpoint, record=record))
+    assert other.guards == {"": state.guards[""]}
 
 
 def test_an_average_is_the_mean_and_can_be_swapped_in(manifest: Manifest) -> None:
