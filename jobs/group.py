@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -274,7 +274,8 @@ def fit(
     # On this machine: it must outlive the machines that leave.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    with tempfile.TemporaryDirectory(prefix="nightloom-train-") as folder:
+    # After an interrupt Ray Train may still be writing there.
+    with tempfile.TemporaryDirectory(prefix="nightloom-train-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
             loop,
             train_loop_config={
@@ -294,14 +295,14 @@ def fit(
             run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=work.max_failures)),
         )
         try:
-            with ThreadPoolExecutor(1) as pool, stop_wishes() as wishes:
+            with stop_wishes() as wishes:
                 # Beside the main thread, where Ray would answer Ctrl-C itself by killing the workers.
-                future = pool.submit(trainer.fit)
+                future = in_thread(trainer.fit)
                 ended = False
                 while not ended:
                     ended = bool(wait([future], timeout=0.5).done)
                     for posted in ray.get(board.take.remote()):
-                        display.show(posted)
+                        show(display, posted)
                         repeats.add(posted)
                     if wishes.is_set():
                         board.stop.remote()
@@ -315,6 +316,30 @@ def fit(
     if wishes.is_set() and result["status"] == "stopped":
         raise KeyboardInterrupt
     return result
+
+
+def in_thread(call: Callable[[], Any]) -> "Future[Any]":
+    """What a call will have returned, from a thread that nothing waits for: a second Ctrl-C leaves it behind, and the
+    end of the Ray session ends what it was about. The pool of `concurrent.futures` would be waited for.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # raised again by whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    return future
+
+
+def show(display: Display, posted: Mapping[str, Any]) -> None:
+    """Show a line. What cannot be shown ends no training."""
+    try:
+        display.show(posted)
+    except Exception:
+        log.warning("the line of step %s cannot be shown; training goes on", posted.get("step"), exc_info=True)
 
 
 @contextmanager
