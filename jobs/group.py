@@ -79,7 +79,7 @@ class TrainingReport:
     def summary(self) -> str:
         head = {
             "done": f"{self.steps:,} steps; the model is in {self.output}/model.",
-            "stopped": f"Stopped after step {self.steps:,} with a checkpoint; the same command goes on.",
+            "stopped": f"Stopped after step {self.steps:,} with a checkpoint; the same command goes on, to stop_after.",
             "unchanged": f"Nothing to train: all {self.steps:,} steps of {self.output} are done.",
         }[self.status]
         lines = [head, "", line("tokens", f"{self.tokens:,}")]
@@ -318,7 +318,7 @@ def fit(
     return result
 
 
-def in_thread(call: Callable[[], Any]) -> "Future[Any]":
+def in_thread(call: Callable[[], Any]) -> Future[Any]:
     """What a call will have returned, from a thread that nothing waits for: a second Ctrl-C leaves it behind, and the
     end of the Ray session ends what it was about. The pool of `concurrent.futures` would be waited for.
     """

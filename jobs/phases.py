@@ -102,7 +102,8 @@ class PhaseSettings(Settings):
     weight_decay: float = Field(default=1e-5, ge=0, lt=1)
     """Share of the weights that a step at the highest rate takes off."""
     average_every: int = Field(default=0, ge=0)
-    """Steps between weights that enter an average while the rate falls; 0 for no average."""
+    """Steps between weights that enter an average while the rate falls; 0 for no average. Only the last phase's is
+    written, and only where it is better on held-out text."""
 
 
 class WorkSettings(Settings):
@@ -155,7 +156,7 @@ class RunSettings(Settings):
     seed: int = Field(default=0, ge=0)
     """Of the weights, the order of the documents and the masks."""
     stop_after: int | None = Field(default=None, gt=0)
-    """Stop after so many steps in all, with a checkpoint; the same command without it goes on."""
+    """Stop after so many steps in all, with a checkpoint; the same command without it, or with more, goes on."""
     optimizer: OptimizerSettings = OptimizerSettings()
     work: WorkSettings = WorkSettings()
     keep: KeepSettings = KeepSettings()

@@ -242,7 +242,10 @@ def bring_back(state: State, checkpoint: Checkpoint) -> None:
     record, tensors = checkpoint.record, checkpoint.tensors
     state.step, state.phase, state.tokens = checkpoint.step, record["phase"], record["tokens"]
     state.stream = StreamState(**record["stream"])
-    state.scale = LossScale(**record["scale"])
+    # One that float16 has lowered, or raised, is kept. A checkpoint of another type has none to take over.
+    before = record["scale"]
+    if state.scale.active and before.get("active", before["value"] > 1):
+        state.scale = LossScale(before["value"], before["good_steps"], active=True)
     # Checkpoints of before there was one for each source have "guard".
     for source, seen in (record["guards"] if "guards" in record else {"": record["guard"]}).items():
         remembered = {name: seen[name] for name in ("losses", "norms", "skipped")}
@@ -285,8 +288,9 @@ def check_resumable(
         if item.name not in CHANGES_WITH_PHASES and old != new:
             raise InputError(f"the checkpoint is of another architecture: {item.name} is {old}, not {new}; {again}")
     for name, value in facts.items():
-        if record["facts"].get(name) != value:
-            raise InputError(f"the run began with {name} {record['facts'].get(name)}, not {value}; {again}")
+        # What a checkpoint does not know was no fact yet when it was written.
+        if record["facts"].get(name, value) != value:
+            raise InputError(f"the run began with {name} {record['facts'][name]}, not {value}; {again}")
     if record["seed"] != configuration.seed:
         raise InputError(f"the run began with seed {record['seed']}, not {configuration.seed}; {again}")
     trained = record["phases"][: record["phase"] + 1]

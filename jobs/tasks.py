@@ -138,9 +138,11 @@ class Tuning(ABC):
 
 def facts_of(configuration: FinetuneConfiguration, sources: Sequence[Examples]) -> dict[str, Any]:
     """What a run that goes on must find as it was."""
-    schedule = configuration.schedule
+    schedule, tasks = configuration.schedule, configuration.tasks
     return {
-        "the task": ", ".join(configuration.tasks),
+        "the task": ", ".join(tasks),
+        # It is a parameter, with moments.
+        "contrastive.learn_temperature": configuration.contrastive.learn_temperature and "contrastive" in tasks,
         "examples": [examples.fingerprint() for examples in sources],
         "shares": [source.share for source in configuration.data.values()],
         "schedule.examples_per_step": schedule.examples_per_step,

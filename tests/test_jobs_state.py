@@ -50,7 +50,7 @@ def moved(state: Any) -> Any:
 
 
 def test_what_is_taken_down_comes_back(manifest: Manifest) -> None:
-    made = configuration()
+    made = configuration(work={"dtype": "float16"})
     phases = plan_phases(made)
     state = moved(begin(made, manifest, Replicas()))
     checkpoint = take_down(state, made, phases, facts_of(made.objective), first=True)
@@ -79,6 +79,29 @@ def test_a_checkpoint_of_one_guard_for_all_still_comes_back(manifest: Manifest) 
     other = begin(made, manifest, Replicas())
     bring_back(other, dataclasses.replace(checkpoint, record=record))
     assert other.guards == {"": state.guards[""]}
+
+
+@pytest.mark.parametrize(
+    "before, now, scale, value",
+    [
+        ("float32", "float16", {"value": 1.0, "active": False}, 65536.0),
+        ("float32", "float16", {"value": 1.0}, 65536.0),  # as checkpoints were
+        ("float16", "float16", {"value": 1024.0}, 1024.0),
+        ("float16", "float16", {"value": 1.0, "active": True}, 1.0),
+        ("float16", "float32", {"value": 1024.0, "active": True}, 1.0),
+        ("float16", "float32", {"value": 1024.0}, 1.0),
+    ],
+)
+def test_a_loss_scale_is_that_of_the_type(
+    before: str, now: str, scale: dict[str, Any], value: float, manifest: Manifest
+) -> None:
+    old, new = (configuration(work={"dtype": dtype}) for dtype in (before, now))
+    checkpoint = take_down(begin(old, manifest, Replicas()), old, plan_phases(old), {}, first=True)
+    assert checkpoint is not None
+    record = {**checkpoint.record, "scale": {"good_steps": 7, "interval": 2000, **scale}}
+    state = begin(new, manifest, Replicas())
+    bring_back(state, dataclasses.replace(checkpoint, record=record))
+    assert (state.scale.value, state.scale.active) == (value, now == "float16")
 
 
 def test_an_average_is_the_mean_and_can_be_swapped_in(manifest: Manifest) -> None:
@@ -166,6 +189,12 @@ def test_a_run_can_start_from_a_folder_and_grow_out_of_one(
     few = dataclasses.replace(manifest, vocab_size=10**6)
     with pytest.raises(InputError, match="has 16000 rows and the token shards ids up to 999999"):
         starting_shape(configuration(model={"start": folder}), few)
+
+
+def test_a_fact_that_a_checkpoint_does_not_know_is_none(manifest: Manifest) -> None:
+    made = configuration()
+    record, shape = record_of(made, manifest), shape_of(made.model, manifest)
+    check_resumable(record, shape, made, plan_phases(made), facts_of(made.objective) | {"a later one": True})
 
 
 def test_bytes_of_a_checkpoint_are_about_right(manifest: Manifest) -> None:
