@@ -31,6 +31,7 @@ from jobs.replicas import Replicas
 from jobs.report import clock, line
 from jobs.state import MODEL
 from jobs.training import Diverged, Signals
+from model.folder import SINGLE
 from pipeline.shards import write_file
 from pipeline.storage import filesystem, is_s3
 
@@ -170,8 +171,10 @@ def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_model(output: str) -> bool:
+    """Whether a run has written its model, the weights included."""
     files, path = filesystem(output)
-    return files.get_file_info(f"{path}/{MODEL}/config.json").is_file
+    found = files.get_file_info([f"{path}/{MODEL}/{name}" for name in ("config.json", SINGLE)])
+    return all(info.is_file for info in found)
 
 
 class Board:

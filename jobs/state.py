@@ -347,6 +347,7 @@ def write_model(output: str, write: Callable[[str | Path], Path]) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="nightloom-model-") as folder:
         written = write(Path(folder) / MODEL)
-        for file in sorted(file for file in written.rglob("*") if file.is_file()):
-            name = file.relative_to(written).as_posix()
-            copy_file(LocalFileSystem(), str(file), files, f"{path}/{MODEL}/{name}")
+        names = [file.relative_to(written).as_posix() for file in written.rglob("*") if file.is_file()]
+        # Last what makes it a model: without it, nothing that is there counts.
+        for name in sorted(names, key=lambda name: (name == "config.json", name)):
+            copy_file(LocalFileSystem(), str(written / name), files, f"{path}/{MODEL}/{name}")

@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from jobs import state as state_module
 from jobs.objective import facts_of
 from jobs.phases import PretrainConfiguration, plan_phases, shape_of
 from jobs.replicas import Replicas
-from jobs.state import begin, bring_back, check_resumable, checkpoint_bytes, save_model, starting_shape, take_down
+from jobs.state import (
+    begin,
+    bring_back,
+    check_resumable,
+    checkpoint_bytes,
+    save_model,
+    starting_shape,
+    take_down,
+    write_model,
+)
 from model.errors import InputError
 from model.folder import read_folder
 from pipeline.shards import Manifest, TokenShards
@@ -195,6 +206,25 @@ def test_a_fact_that_a_checkpoint_does_not_know_is_none(manifest: Manifest) -> N
     made = configuration()
     record, shape = record_of(made, manifest), shape_of(made.model, manifest)
     check_resumable(record, shape, made, plan_phases(made), facts_of(made.objective) | {"a later one": True})
+
+
+def test_what_makes_a_model_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On S3, where files come one by one; what stands for it here is a folder that is no `LocalFileSystem`."""
+    remote, written = SubTreeFileSystem(str(tmp_path), LocalFileSystem()), []
+    monkeypatch.setattr(state_module.storage, "filesystem", lambda uri: (remote, "run"))
+    monkeypatch.setattr(state_module, "copy_file", lambda source, path, target, name: written.append(name))
+
+    def write(folder: Path) -> Path:
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("{}")
+        return folder
+
+    write_model("s3://bucket/run", write)  # type: ignore[arg-type]
+    assert sorted(written[:-1]) == [
+        f"run/model/{n}" for n in ("1_Pooling/config.json", "model.safetensors", "tokenizer.json")
+    ]
+    assert written[-1] == "run/model/config.json"
 
 
 def test_bytes_of_a_checkpoint_are_about_right(manifest: Manifest) -> None:
