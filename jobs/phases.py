@@ -145,7 +145,7 @@ class KeepSettings(Settings):
     evaluate_every: int = Field(default=500, ge=0)
     """Steps between evaluations on held-out text; 0 evaluates at the end of each phase only."""
     evaluation_bins: int | None = Field(default=64, gt=0)
-    """Bins of held-out text for an evaluation; none takes all."""
+    """Bins of held-out text for an evaluation, of each source where there are several; none takes all."""
 
 
 class RunSettings(Settings):

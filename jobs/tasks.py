@@ -194,7 +194,8 @@ class VectorTuning(Tuning):
         if self.configuration.tasks[step.source] == "contrastive":
             contrastive = self.configuration.contrastive
             roles = np.select([step.place_N == 0, step.place_N == 1], [QUERY, POSITIVE], NEGATIVE)
-            texts = Texts(*(on_device(array, replicas) for array in (step.example_N, roles, step.key_N)))
+            told = (step.example_N, roles, step.key_N, step.text_N)
+            texts = Texts(*(on_device(array, replicas) for array in told))
             return partial(
                 contrastive_loss,
                 texts=texts,
