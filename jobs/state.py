@@ -24,6 +24,7 @@ from model.embedder import choose_dtype
 from model.encoder import Encoder, init_weights
 from model.errors import InputError
 from model.folder import ModelFolder, read_folder
+from model.growth import _check as check_growth
 from model.growth import extend_context, tile
 from model.heads import MaskedLanguageModel
 from model.losses import Pretraining
@@ -105,11 +106,14 @@ def starting_shape(configuration: PretrainConfiguration, manifest: Manifest) -> 
     """The shape that a run has, known without a weight.
 
     Raises:
-        InputError: no model there, or one with fewer rows than the shards have tokens.
+        InputError: no model there, one with fewer rows than the shards have tokens, or one that cannot grow into it.
     """
     settings = configuration.model
     if settings.start is None:
-        return shape_of(settings, manifest, causal=configuration.objective.task == "causal")
+        shape = shape_of(settings, manifest, causal=configuration.objective.task == "causal")
+        if settings.tile_from is not None:
+            check_growth(tiled_folder(configuration).config, shape)
+        return shape
     folder = starting_folder(configuration)
     if folder.config.vocab_size < manifest.vocab_size:
         raise InputError(
@@ -128,6 +132,22 @@ def starting_folder(configuration: PretrainConfiguration) -> ModelFolder:
     assert configuration.model.start is not None
     causal = configuration.objective.task == "causal"
     return read_folder(storage.local_model(configuration.model.start), causal=causal)
+
+
+def tiled_folder(configuration: PretrainConfiguration) -> ModelFolder:
+    """The smaller model to grow out of.
+
+    Raises:
+        InputError: none there, one without a masked-token head, or a decoder is wanted.
+    """
+    place = configuration.model.tile_from
+    assert place is not None
+    if configuration.objective.task == "causal":
+        raise InputError("model.tile_from is for encoders; leave it out with the task 'causal'")
+    folder = read_folder(storage.local_model(place))
+    if folder.architecture != MASKED:
+        raise InputError(f"{place} has no masked-token head ({folder.architecture}); take a pretrained model")
+    return folder
 
 
 def begin(configuration: PretrainConfiguration, manifest: Manifest, replicas: Replicas) -> State:
@@ -151,7 +171,7 @@ def begin(configuration: PretrainConfiguration, manifest: Manifest, replicas: Re
         language_model = language_model_of(shape, dtype)
         init_weights(language_model, shape, generator)
         if settings.tile_from is not None:
-            small = load_model(read_folder(storage.local_model(settings.tile_from)), MASKED)
+            small = load_model(tiled_folder(configuration), MASKED)
             assert isinstance(small, MaskedLanguageModel)
             assert isinstance(language_model, MaskedLanguageModel)
             tile(small.float(), language_model)
