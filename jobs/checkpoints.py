@@ -204,9 +204,22 @@ def synchronize(path: Path) -> None:
 
 
 def copy_file(source: FileSystem, path: str, target: FileSystem, name: str) -> None:
-    with source.open_input_stream(path) as stream, target.open_output_stream(name) as out:
-        while chunk := stream.read(COPY_BYTES):
-            out.write(chunk)
+    """Copy a file to where it is whole or not there.
+
+    Closing a stream to S3 makes an object of whatever was written, and a stream cannot be given up: so the object of a
+    copy that failed is taken away.
+    """
+    with source.open_input_stream(path) as stream:
+        out = target.open_output_stream(name)
+        try:
+            while chunk := stream.read(COPY_BYTES):
+                out.write(chunk)
+        except BaseException:
+            with contextlib.suppress(OSError):  # a store that is gone has made no object either
+                out.close()
+                target.delete_file(name)
+            raise
+        out.close()
 
 
 def megabytes(count: int) -> str:

@@ -82,6 +82,13 @@ def run_evaluate(configuration: EvaluateConfiguration) -> Evaluation:
         measured += found
         described[name] = {"kind": "masked", "fingerprint": fingerprint, "items": found[0].num_items}
     against = {m.system: OWN for m in measured if m.system != OWN} | {"chunk-late": "chunk-none"}
+    figures = make_figures(
+        measured,
+        against=against,
+        baselines=(RANDOM, *configuration.lexical, *configuration.peers),
+        seed=configuration.seed,
+        samples=configuration.samples,
+    )
     evaluation = Evaluation(
         job="evaluate",
         status="done",
@@ -89,7 +96,7 @@ def run_evaluate(configuration: EvaluateConfiguration) -> Evaluation:
         weights=model.embedder.weights_hash,
         tokenizer=model.embedder.tokenizer_hash,
         sets=described,
-        figures=make_figures(measured, against=against, seed=configuration.seed, samples=configuration.samples),
+        figures=figures,
         device=str(model.embedder.device),
         dtype=str(model.embedder.dtype).removeprefix("torch."),
         versions=versions(),

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from jobs.replicas import Replicas
 from jobs.report import clock, line
 from jobs.state import MODEL
 from jobs.training import Diverged, Signals
+from model.folder import SINGLE
 from pipeline.shards import write_file
 from pipeline.storage import filesystem, is_s3
 
@@ -79,7 +80,7 @@ class TrainingReport:
     def summary(self) -> str:
         head = {
             "done": f"{self.steps:,} steps; the model is in {self.output}/model.",
-            "stopped": f"Stopped after step {self.steps:,} with a checkpoint; the same command goes on.",
+            "stopped": f"Stopped after step {self.steps:,} with a checkpoint; the same command goes on, to stop_after.",
             "unchanged": f"Nothing to train: all {self.steps:,} steps of {self.output} are done.",
         }[self.status]
         lines = [head, "", line("tokens", f"{self.tokens:,}")]
@@ -170,8 +171,10 @@ def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_model(output: str) -> bool:
+    """Whether a run has written its model, the weights included."""
     files, path = filesystem(output)
-    return files.get_file_info(f"{path}/{MODEL}/config.json").is_file
+    found = files.get_file_info([f"{path}/{MODEL}/{name}" for name in ("config.json", SINGLE)])
+    return all(info.is_file for info in found)
 
 
 class Board:
@@ -274,7 +277,8 @@ def fit(
     # On this machine: it must outlive the machines that leave.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    with tempfile.TemporaryDirectory(prefix="nightloom-train-") as folder:
+    # After an interrupt Ray Train may still be writing there.
+    with tempfile.TemporaryDirectory(prefix="nightloom-train-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
             loop,
             train_loop_config={
@@ -294,14 +298,14 @@ def fit(
             run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=work.max_failures)),
         )
         try:
-            with ThreadPoolExecutor(1) as pool, stop_wishes() as wishes:
+            with stop_wishes() as wishes:
                 # Beside the main thread, where Ray would answer Ctrl-C itself by killing the workers.
-                future = pool.submit(trainer.fit)
+                future = in_thread(trainer.fit)
                 ended = False
                 while not ended:
                     ended = bool(wait([future], timeout=0.5).done)
                     for posted in ray.get(board.take.remote()):
-                        display.show(posted)
+                        show(display, posted)
                         repeats.add(posted)
                     if wishes.is_set():
                         board.stop.remote()
@@ -315,6 +319,30 @@ def fit(
     if wishes.is_set() and result["status"] == "stopped":
         raise KeyboardInterrupt
     return result
+
+
+def in_thread(call: Callable[[], Any]) -> Future[Any]:
+    """What a call will have returned, from a thread that nothing waits for: a second Ctrl-C leaves it behind, and the
+    end of the Ray session ends what it was about. The pool of `concurrent.futures` would be waited for.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # raised again by whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    return future
+
+
+def show(display: Display, posted: Mapping[str, Any]) -> None:
+    """Show a line. What cannot be shown ends no training."""
+    try:
+        display.show(posted)
+    except Exception:
+        log.warning("the line of step %s cannot be shown; training goes on", posted.get("step"), exc_info=True)
 
 
 @contextmanager

@@ -4,12 +4,15 @@ Every resample is a pure function of (seed, number of items). Two statistics of 
 resamples, and what is common to both, an easy question, an odd document, falls out of their difference.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from model.errors import InputError
+
+log = logging.getLogger(__name__)
 
 SAMPLES = 2_000
 LEVEL = 0.95
@@ -79,6 +82,11 @@ def resamples(num_items: int, *, seed: int, samples: int) -> Iterator[np.ndarray
         yield draw.integers(0, num_items, (min(rows, samples - first), num_items))
 
 
+def value_of(statistic: Statistic, num_items: int) -> float:
+    """A statistic over all items."""
+    return float(statistic(np.arange(num_items)[None, :])[0])
+
+
 def interval(statistic: Statistic, num_items: int, *, seed: int = 0, samples: int = SAMPLES) -> Interval:
     """A statistic over all items, with the 2.5 and 97.5 percentiles of its resamples.
 
@@ -87,7 +95,7 @@ def interval(statistic: Statistic, num_items: int, *, seed: int = 0, samples: in
     """
     if num_items < 1:
         raise InputError("an empty set has no figures; leave it out")
-    value = float(statistic(np.arange(num_items)[None, :])[0])
+    value = value_of(statistic, num_items)
     if not np.isfinite(value):
         raise InputError("a figure is undefined: all its values are the same; leave the set out")
     drawn = np.concatenate([statistic(picks) for picks in resamples(num_items, seed=seed, samples=samples)])
@@ -104,14 +112,24 @@ def difference(first: Measured, second: Measured, *, seed: int = 0, samples: int
 
 
 def make_figures(
-    measured: Sequence[Measured], *, against: Mapping[str, str], seed: int = 0, samples: int = SAMPLES
+    measured: Sequence[Measured],
+    *,
+    against: Mapping[str, str],
+    baselines: Collection[str] = (),
+    seed: int = 0,
+    samples: int = SAMPLES,
 ) -> list[Figure]:
     """Figures with their intervals.
 
     Args:
         measured: in the order in which they are to be shown.
         against: system -> the system it is compared with, where the set has that one.
+        baselines: systems whose figures are left out, with a warning, where they are undefined.
+
+    Raises:
+        InputError: a figure of another system is undefined, or a set is empty.
     """
+    measured = [m for m in measured if is_defined(m, needed=m.system not in baselines)]
     by_name = {(m.set, m.system, m.metric): m for m in measured}
     figures = []
     for m in measured:
@@ -129,3 +147,18 @@ def make_figures(
             )
         )
     return figures
+
+
+def is_defined(m: Measured, *, needed: bool) -> bool:
+    """Whether there is a figure; words that no two texts of a set share, as across languages, have no correlation.
+
+    Raises:
+        InputError: there is none, and it is needed.
+    """
+    if m.num_items < 1 or np.isfinite(value_of(m.statistic, m.num_items)):
+        return True
+    why = f"{m.set}/{m.system}/{m.metric} is undefined: all its values are the same"
+    if needed:
+        raise InputError(f"{why}; leave the set {m.set} out")
+    log.warning("%s; it is left out", why)
+    return False

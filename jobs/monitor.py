@@ -209,7 +209,9 @@ class Display:
 def in_words(line: Mapping[str, Any]) -> str:
     """What matters of a line, short."""
     if line.get("skipped"):
-        return f"skipped: loss {line['loss']:.3f}, gradient norm {line['gradient_norm']:.2f}"
+        norm = line["gradient_norm"]
+        why = "overflow" if norm is None else f"gradient norm {norm:.2f}"
+        return f"skipped: loss {line['loss']:.3f}, {why}"
     parts = [f"loss {line['loss']:.3f}"]
     parts += [f"acc {line['accuracy']:.1%}"] if "accuracy" in line else []
     parts += [f"cosine {line['cosine']:.3f}"] if "cosine" in line else []

@@ -86,7 +86,9 @@ class Objective(Protocol):
         """
 
     def line(self, counts: Sequence[float], sums: Sequence[float]) -> tuple[float, dict[str, Any]]:
-        """The loss that was minimised, and what the line of a step says; "loss" and "accuracy" are among it."""
+        """The loss that was minimised, and what the line of a step says; "loss" and "accuracy" are among it, and
+        "source" where steps are of one of several: spikes are told by the steps of the same one.
+        """
 
     def alone(self, state: State, replicas: Replicas, item: Any | None) -> float:
         """The loss of one bin by itself, or of a blank one, with its gradient: to find what made a step no number."""

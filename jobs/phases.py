@@ -102,7 +102,8 @@ class PhaseSettings(Settings):
     weight_decay: float = Field(default=1e-5, ge=0, lt=1)
     """Share of the weights that a step at the highest rate takes off."""
     average_every: int = Field(default=0, ge=0)
-    """Steps between weights that enter an average while the rate falls; 0 for no average."""
+    """Steps between weights that enter an average while the rate falls; 0 for no average. Only the last phase's is
+    written, and only where it is better on held-out text."""
 
 
 class WorkSettings(Settings):
@@ -144,7 +145,7 @@ class KeepSettings(Settings):
     evaluate_every: int = Field(default=500, ge=0)
     """Steps between evaluations on held-out text; 0 evaluates at the end of each phase only."""
     evaluation_bins: int | None = Field(default=64, gt=0)
-    """Bins of held-out text for an evaluation; none takes all."""
+    """Bins of held-out text for an evaluation, of each source where there are several; none takes all."""
 
 
 class RunSettings(Settings):
@@ -155,7 +156,7 @@ class RunSettings(Settings):
     seed: int = Field(default=0, ge=0)
     """Of the weights, the order of the documents and the masks."""
     stop_after: int | None = Field(default=None, gt=0)
-    """Stop after so many steps in all, with a checkpoint; the same command without it goes on."""
+    """Stop after so many steps in all, with a checkpoint; the same command without it, or with more, goes on."""
     optimizer: OptimizerSettings = OptimizerSettings()
     work: WorkSettings = WorkSettings()
     keep: KeepSettings = KeepSettings()

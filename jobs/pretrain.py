@@ -8,7 +8,7 @@ from jobs.group import TrainingReport, member, run_group
 from jobs.objective import LanguageModelling, facts_of
 from jobs.phases import Phase, PretrainConfiguration, plan_phases
 from jobs.replicas import Replicas
-from jobs.state import begin, check_resumable, checkpoint_bytes, starting_folder, starting_shape
+from jobs.state import begin, check_resumable, checkpoint_bytes, starting_folder, starting_shape, tiled_folder
 from jobs.training import Signals, resume
 from model.errors import InputError
 from model.folder import tokenizer_hash
@@ -32,16 +32,19 @@ def check(configuration: PretrainConfiguration) -> tuple[Phase, ...]:
         InputError: it is.
     """
     phases = plan_phases(configuration)
-    work, keep, start = configuration.work, configuration.keep, configuration.model.start
+    work, keep = configuration.work, configuration.keep
+    start, tile_from = configuration.model.start, configuration.model.tile_from
     if work.min_workers is not None and work.min_workers > work.workers:
         raise InputError(f"work.min_workers {work.min_workers} is more than work.workers {work.workers}")
-    if start is not None and configuration.model.tile_from is not None:
+    if start is not None and tile_from is not None:
         raise InputError("model.start and model.tile_from are both given; weights can come from one place only")
     checkpoints = Checkpoints(configuration.output, keep.checkpoints)
     steps = checkpoints.steps()
     record = checkpoints.read_record(steps[-1]) if steps else None
-    folder = starting_folder(configuration).path if start is not None else None
-    tokenizer = tokenizer_hash(folder) if folder and (folder / "tokenizer.json").exists() else None
+    folder = starting_folder(configuration) if start is not None else None
+    if tile_from is not None:
+        folder = tiled_folder(configuration)
+    tokenizer = tokenizer_hash(folder.path) if folder and (folder.path / "tokenizer.json").exists() else None
     fingerprint = record["facts"].get("manifest") if record else None
     shards = TokenShards.open(configuration.tokens, tokenizer=tokenizer, fingerprint=fingerprint)
     shape = starting_shape(configuration, shards.manifest)

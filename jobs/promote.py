@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pyarrow.fs import LocalFileSystem
+from pyarrow.fs import FileSelector, LocalFileSystem
 from pydantic import Field
 
 from jobs.checkpoints import copy_file, synchronize
@@ -25,7 +25,7 @@ from jobs.evaluation import EVALUATION, Evaluation, now, read_evaluation
 from jobs.intervals import Figure
 from model.errors import InputError
 from model.folder import load_tokenizer, read_folder, tokenizer_hash, weights_hash
-from pipeline.shards import list_names, write_file
+from pipeline.shards import write_file
 from pipeline.storage import PROMOTED, filesystem, is_s3, local_model
 
 KEPT = ("README.md", "LICENSE", "NOTICE")
@@ -227,9 +227,12 @@ def copy_to_disk(place: str, names: Sequence[str], target: str) -> None:
 
 
 def copy_to_s3(place: str, names: Sequence[str], target: str) -> None:
-    """Objects that no pointer names yet: half a copy is nobody's model, and a second one completes it."""
+    """Objects that no pointer names yet: half a copy is nobody's model, and a second one completes it. The name of the
+    folder is a hash of all of them, so that one of the right size is the right one.
+    """
     files, path = filesystem(target)
-    present = set(list_names(target))
+    found = files.get_file_info(FileSelector(path, allow_not_found=True, recursive=True))
+    sizes = {info.path.removeprefix(f"{path}/"): info.size for info in found if info.is_file}
     for name in names:
-        if name not in present or name == EVALUATION:
+        if name == EVALUATION or sizes.get(name) != (Path(place) / name).stat().st_size:
             copy_file(LocalFileSystem(), str(Path(place) / name), files, f"{path}/{name}")

@@ -24,6 +24,7 @@ from model.embedder import choose_dtype
 from model.encoder import Encoder, init_weights
 from model.errors import InputError
 from model.folder import ModelFolder, read_folder
+from model.growth import _check as check_growth
 from model.growth import extend_context, tile
 from model.heads import MaskedLanguageModel
 from model.losses import Pretraining
@@ -56,6 +57,9 @@ class State:
     optimizer: StableAdamW
     scale: LossScale
     guard: SpikeGuard
+    """One that has seen no step: what a source's begins as."""
+    guards: dict[str, SpikeGuard] = field(default_factory=dict)
+    """By source, for a loss that is high for one is low for another; "" where steps are of no source."""
     phase: int = 0
     """Number of the phase, from 0; as many as there are when all is done."""
     stream: StreamState = field(default_factory=StreamState)
@@ -76,6 +80,9 @@ class State:
         for group in self.optimizer.param_groups:
             if group["decays"]:
                 group["weight_decay"] = phase.settings.weight_decay
+
+    def guard_of(self, source: str) -> SpikeGuard:
+        return self.guards.setdefault(source, dataclasses.replace(self.guard))
 
     @torch.no_grad()
     def take_into_average(self) -> None:
@@ -99,11 +106,14 @@ def starting_shape(configuration: PretrainConfiguration, manifest: Manifest) -> 
     """The shape that a run has, known without a weight.
 
     Raises:
-        InputError: no model there, or one with fewer rows than the shards have tokens.
+        InputError: no model there, one with fewer rows than the shards have tokens, or one that cannot grow into it.
     """
     settings = configuration.model
     if settings.start is None:
-        return shape_of(settings, manifest, causal=configuration.objective.task == "causal")
+        shape = shape_of(settings, manifest, causal=configuration.objective.task == "causal")
+        if settings.tile_from is not None:
+            check_growth(tiled_folder(configuration).config, shape)
+        return shape
     folder = starting_folder(configuration)
     if folder.config.vocab_size < manifest.vocab_size:
         raise InputError(
@@ -122,6 +132,22 @@ def starting_folder(configuration: PretrainConfiguration) -> ModelFolder:
     assert configuration.model.start is not None
     causal = configuration.objective.task == "causal"
     return read_folder(storage.local_model(configuration.model.start), causal=causal)
+
+
+def tiled_folder(configuration: PretrainConfiguration) -> ModelFolder:
+    """The smaller model to grow out of.
+
+    Raises:
+        InputError: none there, one without a masked-token head, or a decoder is wanted.
+    """
+    place = configuration.model.tile_from
+    assert place is not None
+    if configuration.objective.task == "causal":
+        raise InputError("model.tile_from is for encoders; leave it out with the task 'causal'")
+    folder = read_folder(storage.local_model(place))
+    if folder.architecture != MASKED:
+        raise InputError(f"{place} has no masked-token head ({folder.architecture}); take a pretrained model")
+    return folder
 
 
 def begin(configuration: PretrainConfiguration, manifest: Manifest, replicas: Replicas) -> State:
@@ -145,7 +171,7 @@ def begin(configuration: PretrainConfiguration, manifest: Manifest, replicas: Re
         language_model = language_model_of(shape, dtype)
         init_weights(language_model, shape, generator)
         if settings.tile_from is not None:
-            small = load_model(read_folder(storage.local_model(settings.tile_from)), MASKED)
+            small = load_model(tiled_folder(configuration), MASKED)
             assert isinstance(small, MaskedLanguageModel)
             assert isinstance(language_model, MaskedLanguageModel)
             tile(small.float(), language_model)
@@ -221,7 +247,7 @@ def take_down(
         "tokens": state.tokens,
         "optimizer_steps": state.optimizer.steps,
         "scale": dataclasses.asdict(state.scale),
-        "guard": dataclasses.asdict(state.guard),
+        "guards": {source: dataclasses.asdict(guard) for source, guard in state.guards.items()},
         "averaged": state.averaged,
         "shape": state.encoder.config.to_hf(),
         "seed": configuration.seed,
@@ -236,10 +262,14 @@ def bring_back(state: State, checkpoint: Checkpoint) -> None:
     record, tensors = checkpoint.record, checkpoint.tensors
     state.step, state.phase, state.tokens = checkpoint.step, record["phase"], record["tokens"]
     state.stream = StreamState(**record["stream"])
-    state.scale = LossScale(**record["scale"])
-    state.guard = dataclasses.replace(
-        state.guard, **{name: record["guard"][name] for name in ("losses", "norms", "skipped")}
-    )
+    # One that float16 has lowered, or raised, is kept. A checkpoint of another type has none to take over.
+    before = record["scale"]
+    if state.scale.active and before.get("active", before["value"] > 1):
+        state.scale = LossScale(before["value"], before["good_steps"], active=True)
+    # Checkpoints of before there was one for each source have "guard".
+    for source, seen in (record["guards"] if "guards" in record else {"": record["guard"]}).items():
+        remembered = {name: seen[name] for name in ("losses", "norms", "skipped")}
+        state.guards[source] = dataclasses.replace(state.guard, **remembered)
     state.averaged = record["averaged"]
     state.optimizer.steps = record["optimizer_steps"]
     for name, parameter in state.model.named_parameters():
@@ -278,8 +308,9 @@ def check_resumable(
         if item.name not in CHANGES_WITH_PHASES and old != new:
             raise InputError(f"the checkpoint is of another architecture: {item.name} is {old}, not {new}; {again}")
     for name, value in facts.items():
-        if record["facts"].get(name) != value:
-            raise InputError(f"the run began with {name} {record['facts'].get(name)}, not {value}; {again}")
+        # What a checkpoint does not know was no fact yet when it was written.
+        if record["facts"].get(name, value) != value:
+            raise InputError(f"the run began with {name} {record['facts'][name]}, not {value}; {again}")
     if record["seed"] != configuration.seed:
         raise InputError(f"the run began with seed {record['seed']}, not {configuration.seed}; {again}")
     trained = record["phases"][: record["phase"] + 1]
@@ -336,6 +367,7 @@ def write_model(output: str, write: Callable[[str | Path], Path]) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="nightloom-model-") as folder:
         written = write(Path(folder) / MODEL)
-        for file in sorted(file for file in written.rglob("*") if file.is_file()):
-            name = file.relative_to(written).as_posix()
-            copy_file(LocalFileSystem(), str(file), files, f"{path}/{MODEL}/{name}")
+        names = [file.relative_to(written).as_posix() for file in written.rglob("*") if file.is_file()]
+        # Last what makes it a model: without it, nothing that is there counts.
+        for name in sorted(names, key=lambda name: (name == "config.json", name)):
+            copy_file(LocalFileSystem(), str(written / name), files, f"{path}/{MODEL}/{name}")

@@ -138,9 +138,11 @@ class Tuning(ABC):
 
 def facts_of(configuration: FinetuneConfiguration, sources: Sequence[Examples]) -> dict[str, Any]:
     """What a run that goes on must find as it was."""
-    schedule = configuration.schedule
+    schedule, tasks = configuration.schedule, configuration.tasks
     return {
-        "the task": ", ".join(configuration.tasks),
+        "the task": ", ".join(tasks),
+        # It is a parameter, with moments.
+        "contrastive.learn_temperature": configuration.contrastive.learn_temperature and "contrastive" in tasks,
         "examples": [examples.fingerprint() for examples in sources],
         "shares": [source.share for source in configuration.data.values()],
         "schedule.examples_per_step": schedule.examples_per_step,
@@ -192,7 +194,8 @@ class VectorTuning(Tuning):
         if self.configuration.tasks[step.source] == "contrastive":
             contrastive = self.configuration.contrastive
             roles = np.select([step.place_N == 0, step.place_N == 1], [QUERY, POSITIVE], NEGATIVE)
-            texts = Texts(*(on_device(array, replicas) for array in (step.example_N, roles, step.key_N)))
+            told = (step.example_N, roles, step.key_N, step.text_N)
+            texts = Texts(*(on_device(array, replicas) for array in told))
             return partial(
                 contrastive_loss,
                 texts=texts,

@@ -66,9 +66,13 @@ def train(run: Run, state: State) -> str:
     Raises:
         Diverged: a loss or a gradient is no number.
     """
-    replicas, keep = run.replicas, run.configuration.keep
+    replicas, keep, stop_after = run.replicas, run.configuration.keep, run.configuration.stop_after or math.inf
     while state.phase < len(run.phases):
+        if state.step >= stop_after:  # the checkpoint that it began with stands there
+            return "stopped"
         phase = run.phases[state.phase]
+        if not state.stream.step:  # an average is of one phase, whatever became of the one before
+            state.average, state.averaged = {}, 0
         if state.stream.step >= phase.num_steps:  # its end was moved to where the checkpoint stands
             state.phase, state.stream = state.phase + 1, type(state.stream)()
             continue
@@ -91,7 +95,7 @@ def train(run: Run, state: State) -> str:
                 if ends:
                     state.phase, state.stream = state.phase + 1, type(state.stream)()
                 signal = run.signals.look() if line.pop("asked") else None
-                stops = signal == "stop" or state.step == run.configuration.stop_after
+                stops = signal == "stop" or state.step >= stop_after
                 if run.monitor:
                     run.monitor.write(line)
                 if ends or stops or signal == "save" or state.step % keep.checkpoint_every == 0:
@@ -125,10 +129,11 @@ def take_step(run: Run, state: State, phase: Phase, step: Share) -> dict[str, An
     overflowed = state.scale.value > 1 and math.isfinite(total) and not math.isfinite(norm)
     if not math.isfinite(total + norm) and not overflowed:
         raise Diverged(find_cause(run, state, phase, step))
-    accepted = not overflowed and state.guard.accepts(total, norm)
+    accepted = not overflowed and state.guard_of(values.get("source", "")).accepts(total, norm)
     rate = phase.rate_at(state.stream.bins)
     if accepted:
-        scale_gradients(state.model, min(1.0, run.configuration.optimizer.clip_norm / norm) / state.scale.value)
+        clip_norm = run.configuration.optimizer.clip_norm
+        scale_gradients(state.model, clip_norm / max(norm, clip_norm) / state.scale.value)  # the norm may be 0
         optimizer.set_rate(rate, phase.settings.learning_rate)
         optimizer.step()
     state.scale.update(overflowed=overflowed)
@@ -152,7 +157,7 @@ def take_step(run: Run, state: State, phase: Phase, step: Share) -> dict[str, An
         "flops": flops,
         "asked": asked > 0,
     }
-    if state.scale.value > 1:
+    if state.scale.active:
         line["loss_scale"] = state.scale.value
     return line
 

@@ -28,6 +28,8 @@ class Texts:
     """int64: `QUERY`, `POSITIVE` or `NEGATIVE`."""
     key_N: Tensor
     """int64: equal for texts of one document, and for queries that are the same."""
+    text_N: Tensor
+    """int64: equal for equal texts, whatever their documents are called."""
 
     def of(self, role: int) -> Tensor:
         """Where the texts of a role stand, in the order of their examples."""
@@ -38,17 +40,22 @@ class Texts:
 def hidden_pairs(texts: Texts, rows_Q: Tensor, candidates_C: Tensor) -> Tensor:
     """(Q, C): which candidates are no negatives of these rows, because they are known to belong together.
 
-    A row and a candidate belong together where the candidate is the document of the row's own positive, or the positive
-    of an example that asks the same. The row's own positive is hidden too. Rows may be queries, with candidates that
-    are documents, or the other way about.
+    A row and a candidate belong together where the candidate is the document of the row's own positive, or has its
+    text, or is the positive of an example that asks the same. The row's own positive is hidden too. Rows may be
+    queries, with candidates that are documents, or the other way about.
+
+    Pair by pair: that A has an id in common with B and B a text with C says nothing of A and C. Joined all the way, one
+    paragraph that stands in many documents would make one document of them, without a negative left.
     """
     queries, positives = texts.of(QUERY), texts.of(POSITIVE)
-    document_N, question_N = texts.key_N.clone(), torch.full_like(texts.key_N, -1)
-    document_N[queries] = texts.key_N[positives]
+    question_N = torch.full_like(texts.key_N, -1)
     question_N[queries] = question_N[positives] = texts.key_N[queries]
-    same_document = document_N[rows_Q, None] == document_N[candidates_C]
-    same_question = (question_N[rows_Q, None] == question_N[candidates_C]) & (question_N[candidates_C] >= 0)
-    return same_document | same_question
+    hidden_QC = (question_N[rows_Q, None] == question_N[candidates_C]) & (question_N[candidates_C] >= 0)
+    for name_N in (texts.key_N, texts.text_N):
+        answer_N = name_N.clone()
+        answer_N[queries] = name_N[positives]
+        hidden_QC |= answer_N[rows_Q, None] == answer_N[candidates_C]
+    return hidden_QC
 
 
 def info_nce(

@@ -157,19 +157,21 @@ def scale_gradients(module: nn.Module, factor: float) -> None:
 class LossScale:
     """What losses are multiplied by so that small gradients survive float16; 1 for other types.
 
-    Halved when a gradient overflows, doubled after `interval` steps without one.
+    Halved when a gradient overflows, down to 1, and doubled after `interval` steps without one.
     """
 
     value: float = 1.0
     good_steps: int = 0
     interval: int = 2000
+    active: bool = False
+    """Whether there is anything to scale: for float16."""
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> "LossScale":
-        return cls(2.0**16) if dtype == torch.float16 else cls()
+        return cls(2.0**16, active=True) if dtype == torch.float16 else cls()
 
     def update(self, *, overflowed: bool) -> None:
-        if self.value == 1.0 and not overflowed:
+        if not self.active:
             return
         self.good_steps = 0 if overflowed else self.good_steps + 1
         if overflowed:

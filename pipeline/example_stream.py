@@ -92,6 +92,8 @@ class ExampleBatch:
     """int64: its place in the example; 0 the query, 1 the positive, from 2 negatives."""
     key_N: np.ndarray
     """int64: equal for texts of one document."""
+    text_N: np.ndarray
+    """int64: equal for equal texts."""
     bins: tuple[TextBin, ...]
     """Of this worker; none where there are fewer bins than workers."""
     num_bins: int
@@ -185,12 +187,11 @@ class ExampleStream:
         """Batches of the held-out examples, the same whenever they are asked for; a last one may be smaller.
 
         Args:
-            max_bins: no batch is begun when there are so many bins; None: all there are.
+            max_bins: no batch of a source is begun when it has so many bins; None: all there are.
         """
         batches: list[ExampleBatch] = []
-        bins = 0
         for number, held_out in enumerate(self.held_out):
-            rows = np.flatnonzero(held_out)
+            rows, bins = np.flatnonzero(held_out), 0
             rows = rows[permute(np.arange(len(rows)), len(rows), key_of(HELD_OUT, number))] if len(rows) else rows
             for start in range(0, len(rows), self.config.examples_per_step):
                 some = rows[start : start + self.config.examples_per_step]
@@ -226,6 +227,7 @@ class ExampleStream:
             example_N=example_N,
             place_N=place_N,
             key_N=gather(examples.key_N, starts, ends),
+            text_N=text_N,
             bins=tuple(
                 self._build(examples, text_N, [sequences[s] for s in bins[b].tolist()], f"{where}, bin {b}")
                 for b in dealt[rank].tolist()

@@ -1,7 +1,8 @@
 """Examples to fine-tune on: Parquet or JSON Lines -> tokens and targets, checked to the last row before training.
 
 A row is an example of one task, known by its columns. Equal texts are tokenized and kept once; being the same text, or
-having the same id, is also what tells that two rows ask or answer the same. Loads no torch.
+having the same id, is also what tells that two rows ask or answer the same: the first is in `text_N`, the second in
+`key_N`. Loads no torch.
 """
 
 import dataclasses

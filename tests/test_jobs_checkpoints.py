@@ -1,14 +1,19 @@
 """Checkpoints: whole or not there, the latest few kept, on a disk and on S3, and one line where there is no room."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from pyarrow.fs import FileSelector, LocalFileSystem, SubTreeFileSystem
 
-from jobs.checkpoints import RECORD, TENSORS, Checkpoint, Checkpoints, on_host
+from jobs.checkpoints import COPY_BYTES, RECORD, TENSORS, Checkpoint, Checkpoints, copy_file, on_host
 from model.errors import InputError
+from pipeline.storage import filesystem
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -52,6 +57,33 @@ def test_a_write_that_was_cut_off_is_no_checkpoint(output: Callable[[], str]) ->
     checkpoints.wait()
     assert checkpoints.steps() == [5, 10]
     assert checkpoints.load(10).record["tokens"] == 100
+
+
+class Interrupted(SubTreeFileSystem):
+    """Files of which a first piece can be read."""
+
+    def open_input_stream(self, path: str) -> Any:  # type: ignore[override]
+        first = [b"x" * 1000]
+
+        def read(count: int) -> bytes:
+            assert count == COPY_BYTES
+            if not first:
+                raise KeyboardInterrupt
+            return first.pop()
+
+        return contextlib.nullcontext(SimpleNamespace(read=read))
+
+
+def test_a_copy_that_is_interrupted_leaves_nothing(output: Callable[[], str], tmp_path: Path) -> None:
+    """On S3 too, where a stream that is closed in the middle makes an object."""
+    files, path = filesystem(output())
+    files.create_dir(path)
+    (tmp_path / "whole").write_bytes(b"abc")
+    copy_file(LocalFileSystem(), str(tmp_path / "whole"), files, f"{path}/whole")
+    with pytest.raises(KeyboardInterrupt):
+        copy_file(Interrupted("/", LocalFileSystem()), "a", files, f"{path}/cut")
+    found = files.get_file_info(FileSelector(path))
+    assert [(info.base_name, info.size) for info in found if info.is_file] == [("whole", 3)]
 
 
 def test_writing_goes_on_beside_training(tmp_path: Path) -> None:

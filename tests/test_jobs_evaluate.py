@@ -165,6 +165,16 @@ def test_the_command_prints_json_and_writes_it_elsewhere(model: Path, sets: dict
     assert json.loads(run.stdout)["figures"][0]["name"] == "pairs/document/spearman"
 
 
+def test_words_that_find_nothing_in_common_spoil_no_evaluation(model: Path, tmp_path: Path) -> None:
+    """As in pairs of two languages."""
+    pairs = [("ein Hund rennt", "some dog runs"), ("gutes Wetter", "rain today"), ("drei Katzen", "three cats")]
+    rows = [{"sentence1": a, "sentence2": b, "score": float(score)} for score, (a, b) in enumerate(pairs)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {"keep": False, "lexical": ["tf-idf"], "samples": 100, "dtype": "float32"}
+    found = evaluate(model, {"similarity": {"cross": {"path": str(tmp_path / "pairs.jsonl")}}, **settings})
+    assert set(found) == {"cross/document/spearman", "cross/document/pearson"}
+
+
 def test_what_is_wrong_is_said_before_anything_is_embedded(tmp_path: Path, sets: dict[str, Any]) -> None:
     def wrong(says: str, **settings: Any) -> None:
         with pytest.raises(InputError, match=says):

@@ -155,6 +155,33 @@ def test_pairs_and_a_teacher_by_turns(tiny_model_folder: Path, tmp_path: Path) -
     assert {"heldout_loss", "heldout_accuracy", "heldout_cosine_distillation"} <= set(lines[-1])
 
 
+def test_a_source_is_no_spike_of_another(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Its loss lies far above that of the source which most steps are of."""
+    texts = [text for _, text in sentences(200)]
+    vectors = Embedder(tiny_model_folder, dtype="float32").encode(texts)
+    near = tmp_path / "near.jsonl"
+    rows = [{"text": text, "vector": vector.tolist()} for text, vector in zip(texts, vectors, strict=True)]
+    near.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"distillation": near, "contrastive": write_rows(tmp_path, "contrastive", 40)}
+    sets = ("data.distillation.share=9", "data.contrastive.share=1", "schedule.steps=40", "seed=1")
+    lines = train(configuration(tiny_model_folder, tmp_path / "run", data, *sets))
+    rare = [number for number, line in enumerate(lines) if line["source"] == "contrastive"]
+    assert rare == [25, 27, 31, 35], "when the guard has seen enough of the other to judge"
+    assert not any(line["skipped"] for line in lines)
+
+
+def test_a_batch_without_a_negative_teaches_nothing(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """All positives are one document: the loss and the whole gradient are 0."""
+    rows = [
+        {"query": f"{word}?", "positive": text, "positive_id": "faq"}
+        for word, (_, text) in zip(WORDS * 2, sentences(16), strict=True)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"contrastive": tmp_path / "rows.jsonl"}
+    lines = train(configuration(tiny_model_folder, tmp_path / "run", data, "schedule.steps=2"))
+    assert [(line["loss"], line["gradient_norm"]) for line in lines] == [(0, 0)] * 2
+
+
 def test_labels_are_learned(tiny_masked_folder: Path, tmp_path: Path) -> None:
     """And transformers gives the same logits, under the names of the labels."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -318,13 +345,19 @@ def test_a_bare_encoder_has_no_masked_tokens(tiny_model_folder: Path, tmp_path: 
         check(configuration(tiny_model_folder, tmp_path / "run", {"masked": write_rows(tmp_path, "masked", 24)}))
 
 
-def test_other_examples_under_a_resumed_run(
+def test_another_temperature_or_other_examples_under_a_resumed_run(
     tiny_masked_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through the command: one line, status 2."""
     rows = write_rows(tmp_path, "contrastive", 40)
     settings = configuration(tiny_masked_folder, tmp_path / "run", {"contrastive": rows}, "stop_after=1")
     assert go_on(settings, check(settings)[1], Replicas(), Signals())["status"] == "stopped"
+    with pytest.raises(InputError, match=r"began with contrastive\.learn_temperature False, not True"):
+        check(
+            configuration(
+                tiny_masked_folder, tmp_path / "run", {"contrastive": rows}, "contrastive.learn_temperature=true"
+            )
+        )
     write_rows(tmp_path, "contrastive", 41)
     file = tmp_path / "run.toml"
     file.write_text(f'output = "{settings.output}"\n[model]\nstart = "{tiny_masked_folder}"\n'

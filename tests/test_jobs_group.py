@@ -5,10 +5,18 @@ test_jobs_pretrain.py.
 import json
 import os
 import signal
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from jobs.group import Repeats, TrainingReport, anchored, stop_wishes
+from jobs import group
+from jobs.group import Board, Repeats, TrainingReport, anchored, fit, has_model, stop_wishes
+from jobs.monitor import Display
+from jobs.phases import PretrainConfiguration
 
 
 def test_the_report_says_what_to_do_next() -> None:
@@ -36,6 +44,14 @@ def test_the_first_line_of_a_run_may_be_taken_again() -> None:
     assert (repeats.steps, repeats.tokens) == (1, 0)
 
 
+def test_a_model_without_weights_is_none(tmp_path) -> None:
+    """As a write to S3 that was cut off may leave it."""
+    (tmp_path / "model").mkdir()
+    for name, found in (("config.json", False), ("model.safetensors", True)):
+        (tmp_path / "model" / name).write_bytes(b"{}")
+        assert has_model(str(tmp_path)) == found
+
+
 def test_workers_find_what_the_driver_named(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
@@ -50,6 +66,92 @@ def test_workers_find_what_the_driver_named(tmp_path, monkeypatch) -> None:
         "output": str(tmp_path / "build" / "run"),
         "model": {"start": str(tmp_path / "models"), "tile_from": None, "preset": "models"},
     }
+
+
+class Trainer:
+    """Instead of Ray Train's: does what a test says, for twenty seconds at most."""
+
+    does: Callable[[], Any]
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        pass
+
+    def fit(self) -> Any:
+        type(self).does()
+        return SimpleNamespace(return_value={"status": "done", "step": 1})
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> Board:
+    """A board in this process, where `fit` has an actor."""
+    import ray.train.torch
+
+    made = Board()
+    remote = SimpleNamespace(**{name: SimpleNamespace(remote=getattr(made, name)) for name in ("take", "stop")})
+    node = SimpleNamespace(get_node_id=lambda: "0" * 56)
+    fake = SimpleNamespace(
+        remote=lambda **options: lambda kind: SimpleNamespace(remote=lambda: remote),
+        get=lambda value: value,
+        kill=lambda actor: None,
+        get_runtime_context=lambda: node,
+    )
+    monkeypatch.setattr(group, "ray", fake)
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    return made
+
+
+def watch(display: Any) -> tuple[dict[str, Any], Repeats]:
+    repeats = Repeats()
+    settings = PretrainConfiguration.model_validate({"output": "o", "tokens": "t", "phases": {"a": {"tokens": 1}}})
+    return fit(lambda job: {}, settings, display, repeats), repeats
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_line_that_cannot_be_shown_ends_no_run(
+    board: Board, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Display):
+        def show(self, line: Any) -> None:
+            raise TypeError("unsupported format string")
+
+    board.post({"step": 1, "tokens": 100})
+    monkeypatch.setattr(Trainer, "does", staticmethod(lambda: until(lambda: not board.lines)), raising=False)
+    result, repeats = watch(Broken(10))
+    assert result["status"] == "done"
+    assert repeats.taken == [(1, 100)]
+    assert "the line of step 1 cannot be shown" in caplog.text
+
+
+def test_a_second_signal_does_not_wait_for_the_training(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def train() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        until(lambda: board.stopping)
+        os.kill(os.getpid(), signal.SIGINT)
+        over.wait(20)
+
+    monkeypatch.setattr(Trainer, "does", staticmethod(train), raising=False)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        watch(Display(10))
+    assert board.stopping, "the first one asks for a checkpoint"
+    assert time.monotonic() - started < 10
+    over.set()
+
+
+def test_what_a_training_raises_is_raised(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no place for a worker")
+
+    monkeypatch.setattr(Trainer, "does", staticmethod(fail), raising=False)
+    with pytest.raises(RuntimeError, match="no place"):
+        watch(Display(10))
 
 
 def test_one_signal_is_a_wish_and_a_second_an_interrupt() -> None:

@@ -76,6 +76,23 @@ def test_figures_are_named_and_compared_within_their_set() -> None:
     assert str(Interval(0.5, 0.25, 0.75)) == "0.500 (0.250 to 0.750)"
 
 
+def test_an_undefined_baseline_is_left_out_and_an_undefined_model_refused(caplog: pytest.LogCaptureFixture) -> None:
+    values = np.array([0.0, 1.0, 1.0])
+
+    def none(picks: np.ndarray) -> np.ndarray:
+        return np.full(len(picks), np.nan)
+
+    systems = {"document": mean_of(values), "tf-idf": none, "random": mean_of(values / 2)}
+    measured = [Measured("pairs", system, "spearman", 3, statistic) for system, statistic in systems.items()]
+    against, baselines = {"tf-idf": "document", "random": "document"}, ("tf-idf", "random")
+    figures = make_figures(measured, against=against, baselines=baselines, samples=200)
+    assert [(figure.system, figure.against) for figure in figures] == [("document", None), ("random", "document")]
+    assert "pairs/tf-idf/spearman is undefined" in caplog.text
+    measured[0] = Measured("pairs", "document", "spearman", 3, none)
+    with pytest.raises(InputError, match=r"pairs/document/spearman is undefined: .*; leave the set pairs out"):
+        make_figures(measured, against=against, baselines=baselines, samples=200)
+
+
 def test_nothing_to_measure_is_refused() -> None:
     with pytest.raises(InputError, match="an empty set has no figures"):
         interval(mean_of(np.empty(0)), 0)

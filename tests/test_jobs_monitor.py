@@ -96,6 +96,7 @@ def test_terminal_lines_say_what_matters(capsys: pytest.CaptureFixture[str]) -> 
     for part in ("stable step 7 of 100", "loss 8.300", "held out 8.125", "5,000 tokens/s", "MFU 25%", "data wait 0.2%"):
         assert part in shown
     assert "skipped: loss 8.300, gradient norm 1.00" in in_words(line(7, skipped=True))
+    assert in_words(line(7, skipped=True, gradient_norm=None)) == "skipped: loss 8.300, overflow"
 
 
 def test_a_running_mean_begins_at_the_first_value() -> None:

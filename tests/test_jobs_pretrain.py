@@ -20,9 +20,11 @@ from jobs.monitor import LINES, read_lines
 from jobs.phases import PretrainConfiguration
 from jobs.pretrain import check, go_on
 from jobs.replicas import Replicas
+from jobs.state import begin, save_model
 from jobs.training import Signals
 from model.errors import InputError
 from model.folder import read_folder
+from pipeline.shards import MANIFEST, TokenShards
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "pretrain-60.json"
@@ -102,6 +104,48 @@ def test_what_is_wrong_is_one_line(sets: list[str], message: str, text_shards: P
 def test_shards_of_another_tokenizer(text_shards: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
     with pytest.raises(InputError, match="made with another tokenizer"):
         check(configuration(text_shards, tmp_path, f"model.start={json.dumps(str(tiny_model_folder))}"))
+
+
+@pytest.fixture(scope="module")
+def small_model(text_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the configuration's model may grow out of, its tokenizer included."""
+    folder = tmp_path_factory.mktemp("small")
+    made = configuration(text_shards, folder, "model.num_layers=2")
+    manifest = TokenShards.open(str(text_shards)).manifest
+    save_model(begin(made, manifest, Replicas()), str(folder), str(text_shards / "tokenizer"), first=True)
+    return folder / "model"
+
+
+@pytest.mark.parametrize(
+    "sets, message",
+    [
+        ([], None),
+        (["model.tile_from=nowhere/at/all"], "no model folder at"),
+        (['objective.task="causal"'], "tile_from is for encoders"),
+        (["model.num_heads=4"], "head_size 8 cannot grow out of one with 16"),
+        (["model.num_layers=1"], "num_layers 1 cannot grow out of a larger one, of 2"),
+        (["tokens=OTHER"], "made with another tokenizer"),
+    ],
+)
+def test_what_cannot_grow_is_one_line(
+    sets: list[str], message: str | None, small_model: Path, text_shards: Path, tmp_path: Path
+) -> None:
+    """On the driver, before a weight is read."""
+    manifest = json.loads((text_shards / MANIFEST).read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / MANIFEST).write_text(json.dumps(manifest | {"tokenizer": "f" * 32}))
+    sets = [item.replace("OTHER", json.dumps(str(tmp_path / "other"))) for item in sets]
+    made = configuration(text_shards, tmp_path, f"model.tile_from={json.dumps(str(small_model))}", *sets)
+    if message is None:
+        check(made)
+        return
+    with pytest.raises(InputError, match=message):
+        check(made)
+
+
+def test_a_bare_encoder_grows_into_nothing(text_shards: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
+    with pytest.raises(InputError, match=r"has no masked-token head \(ModernBertModel\)"):
+        check(configuration(text_shards, tmp_path, f"model.tile_from={json.dumps(str(tiny_model_folder))}"))
 
 
 def test_a_changed_manifest_under_a_resumed_run(text_shards: Path, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from jobs.promote import run_promote
 from model import Embedder
 from model.errors import InputError
 from model.folder import tokenizer_hash, weights_hash
-from pipeline.shards import list_names, read_file
-from pipeline.storage import PROMOTED, local_model, promoted_model
+from pipeline.shards import read_file
+from pipeline.storage import PROMOTED, filesystem, local_model, promoted_model
 
 GATES = """
 [[gate]]
@@ -128,7 +128,12 @@ def test_to_s3_and_from_there(
     # A copy that was cut off is completed, and counts only then.
     pointer = read_file(place, PROMOTED)
     assert pointer is not None
-    assert any(name.endswith("model.safetensors") for name in list_names(place))
+    files, path = filesystem(report.promoted)
+    with files.open_output_stream(f"{path}/model.safetensors") as stream:
+        stream.write((model / "model.safetensors").read_bytes()[:1000])
+    assert run_promote(str(model), place, gates(tmp_path)).promoted == report.promoted
+    with files.open_input_stream(f"{path}/model.safetensors") as stream:
+        assert stream.read() == (model / "model.safetensors").read_bytes()
     again = run_promote(report.promoted, "s3://bucket/elsewhere", gates(tmp_path))
     assert again.weights == report.weights
 

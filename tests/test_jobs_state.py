@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from jobs import state as state_module
 from jobs.objective import facts_of
 from jobs.phases import PretrainConfiguration, plan_phases, shape_of
 from jobs.replicas import Replicas
-from jobs.state import begin, bring_back, check_resumable, checkpoint_bytes, save_model, starting_shape, take_down
+from jobs.state import (
+    begin,
+    bring_back,
+    check_resumable,
+    checkpoint_bytes,
+    save_model,
+    starting_shape,
+    take_down,
+    write_model,
+)
 from model.errors import InputError
 from model.folder import read_folder
 from pipeline.shards import Manifest, TokenShards
@@ -43,13 +54,14 @@ def moved(state: Any) -> Any:
     state.optimizer.steps = 11
     state.scale.value, state.scale.good_steps = 512.0, 7
     for value in (5.0, 4.0):
-        state.guard.accepts(value, 1.0)
-    state.guard.skipped = 1
+        state.guard_of("").accepts(value, 1.0)
+        state.guard_of("rare").accepts(2 * value, 3.0)
+    state.guard_of("rare").skipped = 1
     return state
 
 
 def test_what_is_taken_down_comes_back(manifest: Manifest) -> None:
-    made = configuration()
+    made = configuration(work={"dtype": "float16"})
     phases = plan_phases(made)
     state = moved(begin(made, manifest, Replicas()))
     checkpoint = take_down(state, made, phases, facts_of(made.objective), first=True)
@@ -57,7 +69,7 @@ def test_what_is_taken_down_comes_back(manifest: Manifest) -> None:
     checkpoint = dataclasses.replace(checkpoint, record=json.loads(json.dumps(checkpoint.record)))
     other = begin(made, manifest, Replicas())
     bring_back(other, checkpoint)
-    for name in ("phase", "step", "tokens", "stream", "averaged", "scale", "guard"):
+    for name in ("phase", "step", "tokens", "stream", "averaged", "scale", "guards"):
         assert getattr(other, name) == getattr(state, name), name
     assert other.optimizer.steps == 11
     theirs = dict(state.model.named_parameters())
@@ -66,6 +78,41 @@ def test_what_is_taken_down_comes_back(manifest: Manifest) -> None:
         assert torch.equal(other.average[name], state.average[name])
         for mine, its in zip(other.optimizer.moments(parameter), state.optimizer.moments(theirs[name]), strict=True):
             assert torch.equal(mine, its)
+
+
+def test_a_checkpoint_of_one_guard_for_all_still_comes_back(manifest: Manifest) -> None:
+    made = configuration()
+    state = moved(begin(made, manifest, Replicas()))
+    checkpoint = take_down(state, made, plan_phases(made), facts_of(made.objective), first=True)
+    assert checkpoint is not None
+    record = dict(checkpoint.record)
+    record["guard"] = record.pop("guards")[""]
+    other = begin(made, manifest, Replicas())
+    bring_back(other, dataclasses.replace(checkpoint, record=record))
+    assert other.guards == {"": state.guards[""]}
+
+
+@pytest.mark.parametrize(
+    "before, now, scale, value",
+    [
+        ("float32", "float16", {"value": 1.0, "active": False}, 65536.0),
+        ("float32", "float16", {"value": 1.0}, 65536.0),  # as checkpoints were
+        ("float16", "float16", {"value": 1024.0}, 1024.0),
+        ("float16", "float16", {"value": 1.0, "active": True}, 1.0),
+        ("float16", "float32", {"value": 1024.0, "active": True}, 1.0),
+        ("float16", "float32", {"value": 1024.0}, 1.0),
+    ],
+)
+def test_a_loss_scale_is_that_of_the_type(
+    before: str, now: str, scale: dict[str, Any], value: float, manifest: Manifest
+) -> None:
+    old, new = (configuration(work={"dtype": dtype}) for dtype in (before, now))
+    checkpoint = take_down(begin(old, manifest, Replicas()), old, plan_phases(old), {}, first=True)
+    assert checkpoint is not None
+    record = {**checkpoint.record, "scale": {"good_steps": 7, "interval": 2000, **scale}}
+    state = begin(new, manifest, Replicas())
+    bring_back(state, dataclasses.replace(checkpoint, record=record))
+    assert (state.scale.value, state.scale.active) == (value, now == "float16")
 
 
 def test_an_average_is_the_mean_and_can_be_swapped_in(manifest: Manifest) -> None:
@@ -153,6 +200,31 @@ def test_a_run_can_start_from_a_folder_and_grow_out_of_one(
     few = dataclasses.replace(manifest, vocab_size=10**6)
     with pytest.raises(InputError, match="has 16000 rows and the token shards ids up to 999999"):
         starting_shape(configuration(model={"start": folder}), few)
+
+
+def test_a_fact_that_a_checkpoint_does_not_know_is_none(manifest: Manifest) -> None:
+    made = configuration()
+    record, shape = record_of(made, manifest), shape_of(made.model, manifest)
+    check_resumable(record, shape, made, plan_phases(made), facts_of(made.objective) | {"a later one": True})
+
+
+def test_what_makes_a_model_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On S3, where files come one by one; what stands for it here is a folder that is no `LocalFileSystem`."""
+    remote, written = SubTreeFileSystem(str(tmp_path), LocalFileSystem()), []
+    monkeypatch.setattr(state_module.storage, "filesystem", lambda uri: (remote, "run"))
+    monkeypatch.setattr(state_module, "copy_file", lambda source, path, target, name: written.append(name))
+
+    def write(folder: Path) -> Path:
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("{}")
+        return folder
+
+    write_model("s3://bucket/run", write)  # type: ignore[arg-type]
+    assert sorted(written[:-1]) == [
+        f"run/model/{n}" for n in ("1_Pooling/config.json", "model.safetensors", "tokenizer.json")
+    ]
+    assert written[-1] == "run/model/config.json"
 
 
 def test_bytes_of_a_checkpoint_are_about_right(manifest: Manifest) -> None:

@@ -1,6 +1,8 @@
 """What the loop asks of a fine-tuning: counts, lines, evaluation, and what a bin does by itself."""
 
+import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from jobs.finetune import begin, make_tuning, read_sources
 from jobs.phases import Phase
 from jobs.replicas import Replicas
 from jobs.state import State
-from jobs.tasks import BLANK, LabelTuning, MaskedTuning, Tuning, share
+from jobs.tasks import BLANK, LabelTuning, MaskedTuning, Tuning, VectorTuning, share
+from model.contrastive import NEGATIVE, POSITIVE, QUERY, hidden_pairs
 from model.folder import read_folder
 from pipeline.example_stream import BEGINNING, ExampleBatch
 
@@ -41,6 +44,30 @@ def test_counts_of_workers_add_up_to_the_batch(tiny_model_folder: Path, tmp_path
     assert len({len(share(batch)) for batch in shares}) == 1, "with blank bins all have equally many"
     blank = sum(item is BLANK for batch in shares for item in share(batch))
     assert blank == 3 * shares[0].max_bins - shares[0].num_bins
+
+
+def test_an_answer_is_none_the_less_one_under_another_id(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """And as a negative without an id."""
+    rows = [
+        {"query": "a fox?", "positive": "The fox.", "positive_id": "1"},
+        {"query": "a dog?", "positive": "The dog.", "positive_id": "2", "negatives": ["The fox."]},
+        {"query": "an animal?", "positive": "The fox.", "positive_id": "3"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"contrastive": tmp_path / "rows.jsonl"}
+    settings = configuration(tiny_model_folder, tmp_path / "run", data, "schedule.examples_per_step=3")
+    described = read_folder(tiny_model_folder)
+    tuning, phase = make_tuning(settings, described, read_sources(settings, described))
+    assert isinstance(tuning, VectorTuning)
+    batch = first(tuning, phase)
+    loss = tuning.loss(batch, Replicas())
+    assert isinstance(loss, partial)
+    texts = loss.keywords["texts"]
+    queries, documents = texts.of(QUERY), torch.cat([texts.of(POSITIVE), texts.of(NEGATIVE)])
+    hidden = hidden_pairs(texts, queries, documents)
+    # In the batch's order: for the two that ask for the fox all of its texts are hidden, for the dog its own only.
+    dog = int(np.flatnonzero(np.bincount(batch.example_N) == 3)[0])
+    assert hidden.sum(dim=1).tolist() == [1 if number == dog else 3 for number in range(3)]
 
 
 def test_a_line_is_of_the_source_of_its_step(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from jobs.checkpoints import Checkpoints
 from jobs.configuration import load
@@ -191,6 +192,36 @@ def test_a_phase_that_is_cut_short_where_it_stands_gives_way_to_the_next(text_sh
     pretrain(text_shards, tmp_path / "run", "stop_after=5")
     assert pretrain(text_shards, tmp_path / "run", "phases.stable.tokens=4096", "stop_after=7")["status"] == "stopped"
     assert [item["phase"] for item in read_lines(tmp_path / "run" / LINES)] == ["stable"] * 5 + ["extension"] * 2
+
+
+def test_a_limit_that_is_reached_holds(text_shards: Path, tmp_path: Path) -> None:
+    """The same command takes no step more; a higher limit goes on, and a lower one is reached too."""
+    reached = []
+    for limit in (3, 3, 5, 4):
+        result = pretrain(text_shards, tmp_path / "run", f"stop_after={limit}")
+        reached.append((result["status"], result["step"]))
+    assert reached == [("stopped", 3), ("stopped", 3), ("stopped", 5), ("stopped", 5)]
+    assert Checkpoints(str(tmp_path / "run")).steps() == [3, 5]
+
+
+@pytest.mark.parametrize("cut", [None, 6])
+def test_an_average_is_of_the_last_phase(cut: int | None, text_shards: Path, tmp_path: Path) -> None:
+    """The first phase falls to almost nothing and is averaged. The second, which is not, ruins the weights at an absurd
+    rate: they are what was trained last, and are written all the same. Six steps are the first phase.
+    """
+    first = {"tokens": 5120, "decay_tokens": 5120, "average_every": 1, "warmup_tokens": 0}
+    second = {"tokens": 3072, "decay_tokens": 0, "average_every": 0, "learning_rate": 0.5}
+    sets = [f"phases.{name}.{key}={value}" for name, some in (("stable", first), ("extension", second))
+            for key, value in some.items()]  # fmt: skip
+    if cut:
+        pretrain(text_shards, tmp_path / "run", *sets, f"stop_after={cut}")
+    assert pretrain(text_shards, tmp_path / "run", *sets)["status"] == "done"
+    assert [item["phase"] for item in read_lines(tmp_path / "run" / LINES)] == ["stable"] * 6 + ["extension"] * 3
+    checkpoints = Checkpoints(str(tmp_path / "run"))
+    last = checkpoints.load(checkpoints.steps()[-1])
+    assert last.record["averaged"] == 0
+    written = load_file(tmp_path / "run" / "model" / "model.safetensors")["model.final_norm.weight"]
+    assert torch.equal(written, last.tensors["weights.language_model.model.final_norm.weight"])
 
 
 def test_a_run_that_is_done_stays_done(text_shards: Path, whole_run: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -1,6 +1,7 @@
 """InfoNCE against a loop over pairs, and what counts as a negative."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ TEXTS = Texts(
     example_N=torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]),
     role_N=torch.tensor([QUERY, POSITIVE, NEGATIVE, QUERY, POSITIVE, QUERY, POSITIVE, NEGATIVE]),
     key_N=torch.tensor([0, 10, 11, 1, 12, 2, 13, 14]),
+    text_N=torch.arange(8),
 )
 """Three examples, each with its texts beside one another."""
 
@@ -51,15 +53,28 @@ def test_one_document_is_no_negative_of_itself() -> None:
     """The positives of the first and the last example, and a negative of the second, are one document."""
     key = TEXTS.key_N.clone()
     key[6] = key[2] = key[1]
-    loss, _ = contrastive_loss(vectors(), SCALE, Texts(TEXTS.example_N, TEXTS.role_N, key))
+    loss, _ = contrastive_loss(vectors(), SCALE, replace(TEXTS, key_N=key))
     left = [[1, 4, 7], [1, 4, 6, 2, 7], [4, 6, 7]]
     assert float(loss) == pytest.approx(by_hand(vectors(), [0, 3, 5], [1, 4, 6], left), abs=1e-12)
+
+
+def test_one_text_is_no_negative_of_itself_under_another_id() -> None:
+    """The negative of the second example has the words of the first positive, and its id is the last one's. The first
+    and the last are told apart all the same.
+    """
+    text, key = TEXTS.text_N.clone(), TEXTS.key_N.clone()
+    example = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+    role = torch.tensor([QUERY, POSITIVE, QUERY, POSITIVE, NEGATIVE, QUERY, POSITIVE, NEGATIVE])
+    text[4], key[4] = text[1], key[6]
+    loss, _ = contrastive_loss(vectors(), SCALE, Texts(example, role, key, text))
+    left = [[1, 3, 6, 7], [1, 3, 4, 6, 7], [1, 3, 6, 7]]
+    assert float(loss) == pytest.approx(by_hand(vectors(), [0, 2, 5], [1, 3, 6], left), abs=1e-12)
 
 
 def test_an_answer_to_the_same_question_is_no_negative() -> None:
     key = TEXTS.key_N.clone()
     key[3] = key[0]
-    loss, _ = contrastive_loss(vectors(), SCALE, Texts(TEXTS.example_N, TEXTS.role_N, key))
+    loss, _ = contrastive_loss(vectors(), SCALE, replace(TEXTS, key_N=key))
     left = [[1, 6, 2, 7], [4, 6, 2, 7], [1, 4, 6, 2, 7]]
     assert float(loss) == pytest.approx(by_hand(vectors(), [0, 3, 5], [1, 4, 6], left), abs=1e-12)
 
@@ -67,10 +82,10 @@ def test_an_answer_to_the_same_question_is_no_negative() -> None:
 def test_questions_and_documents_share_no_keys() -> None:
     """A query and a text may have one number: they are counted apart."""
     same = torch.zeros(8, dtype=torch.int64)
-    distinct = Texts(TEXTS.example_N, TEXTS.role_N, torch.tensor([0, 0, 1, 1, 2, 2, 3, 4]))
+    distinct = replace(TEXTS, key_N=torch.tensor([0, 0, 1, 1, 2, 2, 3, 4]))
     hidden = hidden_pairs(distinct, distinct.of(QUERY), distinct.of(POSITIVE))
     assert hidden.equal(torch.eye(3, dtype=torch.bool))
-    assert hidden_pairs(Texts(TEXTS.example_N, TEXTS.role_N, same), TEXTS.of(QUERY), TEXTS.of(POSITIVE)).all()
+    assert hidden_pairs(replace(TEXTS, key_N=same), TEXTS.of(QUERY), TEXTS.of(POSITIVE)).all()
 
 
 def test_what_is_nearer_than_the_positive_by_a_margin_is_left_out() -> None:
@@ -107,7 +122,7 @@ def test_a_masked_candidate_gets_no_gradient() -> None:
     drawn = vectors().requires_grad_()
     key = TEXTS.key_N.clone()
     key[7] = key[1] = key[4] = key[6]
-    loss, _ = contrastive_loss(drawn, SCALE, Texts(TEXTS.example_N, TEXTS.role_N, key))
+    loss, _ = contrastive_loss(drawn, SCALE, replace(TEXTS, key_N=key))
     loss.backward()
     assert drawn.grad is not None
     assert drawn.grad[7].abs().max() == 0

@@ -26,6 +26,7 @@ TEXTS = Texts(
     example_N=torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0, 3]),
     role_N=torch.tensor([QUERY] * 5 + [POSITIVE] * 5 + [NEGATIVE] * 3),
     key_N=torch.tensor([0, 1, 2, 3, 2, 10, 11, 12, 10, 14, 15, 11, 16]),
+    text_N=torch.arange(13),
 )
 """Examples 0 and 3 have one document as positive, 2 and 4 one question, and a negative of 0 is the positive of 1."""
 TEACHER = torch.randn(13, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -120,6 +120,16 @@ def test_loss_scale_falls_on_overflow_and_rises_after_quiet() -> None:
     assert (scale.value, scale.good_steps) == (65536, 0)
 
 
+def test_a_loss_scale_comes_back_from_the_bottom() -> None:
+    scale = LossScale.of(torch.float16)
+    for _ in range(20):
+        scale.update(overflowed=True)
+    assert scale.value == 1
+    for _ in range(scale.interval):
+        scale.update(overflowed=False)
+    assert scale.value == 2
+
+
 def test_other_types_are_not_scaled() -> None:
     scale = LossScale.of(torch.bfloat16)
     for _ in range(3 * scale.interval):

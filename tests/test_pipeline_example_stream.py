@@ -136,6 +136,13 @@ def test_held_out_examples_are_never_trained_on() -> None:
     assert len(stream.evaluation(max_bins=1)) == 1
 
 
+def test_each_source_is_evaluated_whatever_the_others_have() -> None:
+    stream = stream_of(make_examples(300), make_examples(30, seed=1), heldout=0.3)
+    some = stream.evaluation(max_bins=4)
+    assert {batch.source for batch in some} == {0, 1}
+    assert sum(batch.num_bins for batch in some if batch.source == 0) < 4 + 16, "no batch is begun beyond"
+
+
 def test_what_does_not_fit() -> None:
     with pytest.raises(InputError, match="tokens_per_bin is 20, and a sequence has 40 tokens"):
         stream_of(make_examples(40), tokens_per_bin=20)
