@@ -24,7 +24,7 @@ from model.embedder import choose_dtype
 from model.encoder import Encoder, init_weights
 from model.errors import InputError
 from model.folder import ModelFolder, read_folder
-from model.growth import _check as check_growth
+from model.growth import check as check_growth
 from model.growth import extend_context, tile
 from model.heads import MaskedLanguageModel
 from model.losses import Pretraining

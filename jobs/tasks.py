@@ -293,7 +293,8 @@ class LabelTuning(BinTuning):
     def write(self, state: State, path: str | Path) -> Path:
         assert isinstance(state.model, Supervised)
         dtype = getattr(torch, self.configuration.model.save_dtype)
-        return save_folder(state.model.model, path, tokenizer_from=self.folder.path, dtype=dtype)
+        kept = {"tokenizer_from": self.folder.path, "max_tokens": self.folder.max_tokens}
+        return save_folder(state.model.model, path, **kept, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,8 @@ class MaskedTuning(BinTuning):
     def write(self, state: State, path: str | Path) -> Path:
         assert isinstance(state.model, Pretraining)
         dtype = getattr(torch, self.configuration.model.save_dtype)
-        return save_folder(state.model.language_model, path, tokenizer_from=self.folder.path, dtype=dtype)
+        kept = {"tokenizer_from": self.folder.path, "max_tokens": self.folder.max_tokens}
+        return save_folder(state.model.language_model, path, **kept, dtype=dtype)
 
 
 def share(step: ExampleBatch) -> list[TextBin]:

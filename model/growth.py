@@ -37,7 +37,7 @@ def tile(small: MaskedLanguageModel, large: MaskedLanguageModel) -> None:
         InputError: another vocabulary, head size or set of parameters, or a large model that is smaller somewhere.
     """
     before, after = small.model.config, large.model.config
-    _check(before, after)
+    check(before, after)
     source = dict(small.named_parameters())
     for name, parameter in large.named_parameters():
         parts = name.split(".")
@@ -49,7 +49,7 @@ def tile(small: MaskedLanguageModel, large: MaskedLanguageModel) -> None:
         parameter.copy_(_tiled(name, source[origin], parameter, before, after))
 
 
-def _check(before: EncoderConfig, after: EncoderConfig) -> None:
+def check(before: EncoderConfig, after: EncoderConfig) -> None:
     biases = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias", "decoder_bias")
     for name in ("vocab_size", "head_size", *biases, "tie_word_embeddings"):
         if getattr(before, name) != getattr(after, name):
