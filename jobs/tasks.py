@@ -293,8 +293,9 @@ class LabelTuning(BinTuning):
     def write(self, state: State, path: str | Path) -> Path:
         assert isinstance(state.model, Supervised)
         dtype = getattr(torch, self.configuration.model.save_dtype)
-        kept = {"tokenizer_from": self.folder.path, "max_tokens": self.folder.max_tokens}
-        return save_folder(state.model.model, path, **kept, dtype=dtype)
+        limit = self.folder.max_tokens
+        module = state.model.model
+        return save_folder(module, path, tokenizer_from=self.folder.path, max_tokens=limit, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -329,8 +330,9 @@ class MaskedTuning(BinTuning):
     def write(self, state: State, path: str | Path) -> Path:
         assert isinstance(state.model, Pretraining)
         dtype = getattr(torch, self.configuration.model.save_dtype)
-        kept = {"tokenizer_from": self.folder.path, "max_tokens": self.folder.max_tokens}
-        return save_folder(state.model.language_model, path, **kept, dtype=dtype)
+        limit = self.folder.max_tokens
+        module = state.model.language_model
+        return save_folder(module, path, tokenizer_from=self.folder.path, max_tokens=limit, dtype=dtype)
 
 
 def share(step: ExampleBatch) -> list[TextBin]:
