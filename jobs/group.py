@@ -29,11 +29,10 @@ from jobs.monitor import Display
 from jobs.phases import Phase, RunSettings
 from jobs.replicas import Replicas
 from jobs.report import clock, line
-from jobs.state import MODEL
+from jobs.state import has_model
 from jobs.training import Diverged, Signals
-from model.folder import SINGLE
 from pipeline.shards import write_file
-from pipeline.storage import filesystem, is_s3
+from pipeline.storage import is_s3
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ def run_group(
     checkpoints = Checkpoints(output, configuration.keep.checkpoints)
     steps = checkpoints.steps()
     record = checkpoints.read_record(steps[-1]) if steps else {}
-    if record.get("phase") == len(phases) and has_model(output):
+    if record.get("phase") == len(phases) and has_model(output, steps[-1]):
         seconds = round(time.monotonic() - started, 1)
         return TrainingReport(name, "unchanged", output, steps[-1], record["tokens"], None, None, seconds)
     write_file(output, SETTINGS, configuration.model_dump_json(indent=1).encode() + b"\n")
@@ -168,13 +167,6 @@ def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:  # a hub id, too
             whole[key] = value
     return whole
-
-
-def has_model(output: str) -> bool:
-    """Whether a run has written its model, the weights included."""
-    files, path = filesystem(output)
-    found = files.get_file_info([f"{path}/{MODEL}/{name}" for name in ("config.json", SINGLE)])
-    return all(info.is_file for info in found)
 
 
 class Board:

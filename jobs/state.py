@@ -3,6 +3,7 @@ brought back, on however many workers there are then.
 """
 
 import dataclasses
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyarrow.fs import LocalFileSystem
+from pyarrow.fs import FileSystem, LocalFileSystem
 from torch import Tensor, nn
 
 from jobs.checkpoints import Checkpoint, copy_file, on_host
@@ -23,7 +24,7 @@ from model.decoder import CausalLanguageModel, Decoder
 from model.embedder import choose_dtype
 from model.encoder import Encoder, init_weights
 from model.errors import InputError
-from model.folder import ModelFolder, read_folder
+from model.folder import SINGLE, ModelFolder, read_folder
 from model.growth import check as check_growth
 from model.growth import extend_context, tile
 from model.heads import MaskedLanguageModel
@@ -32,7 +33,7 @@ from model.optimizer import LossScale, StableAdamW, parameter_groups
 from model.schedule import SpikeGuard
 from model.weights import load_model, save_folder
 from pipeline import storage
-from pipeline.shards import Manifest
+from pipeline.shards import Manifest, write_file
 from pipeline.stream import StreamState
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 MASKED, CAUSAL = "ModernBertForMaskedLM", "ModernBertDecoderForCausalLM"
 MODEL = "model"
 """Folder of a run with the model that came out."""
+WRITTEN = "model.json"
+"""Beside it: after which step it was written."""
 CHANGES_WITH_PHASES = ("max_tokens", "global_theta", "extra")
 """Fields of a shape that a checkpoint may differ in."""
 
@@ -347,7 +350,7 @@ def save_model(state: State, output: str, tokenizer_folder: str, *, first: bool)
     plain.load_state_dict(weights, assign=True, strict=False)  # the tied decoder has no weight of its own
     if state.encoder.config.tie_word_embeddings:
         plain.decoder.weight = plain.model.embeddings.tok_embeddings.weight
-    write_model(output, lambda folder: save_folder(plain, folder, tokenizer_from=tokenizer_folder))
+    write_model(output, state.step, lambda folder: save_folder(plain, folder, tokenizer_from=tokenizer_folder))
 
 
 def whole_weights(module: nn.Module, *, first: bool) -> dict[str, Tensor]:
@@ -355,8 +358,8 @@ def whole_weights(module: nn.Module, *, first: bool) -> dict[str, Tensor]:
     return {name: on_host(p) for name, p in ((n, whole(p)) for n, p in module.named_parameters()) if first}
 
 
-def write_model(output: str, write: Callable[[str | Path], Path]) -> None:
-    """Have a model folder written to OUTPUT/model, local or on S3.
+def write_model(output: str, step: int, write: Callable[[str | Path], Path]) -> None:
+    """Have a model folder written to OUTPUT/model, local or on S3, and then say beside it which step it is of.
 
     Args:
         write: writes it to the local folder that it is given, and returns that.
@@ -364,10 +367,25 @@ def write_model(output: str, write: Callable[[str | Path], Path]) -> None:
     files, path = storage.filesystem(output)
     if isinstance(files, LocalFileSystem):
         write(f"{path}/{MODEL}")
-        return
+    else:
+        upload_model(files, f"{path}/{MODEL}", write)
+    write_file(output, WRITTEN, json.dumps({"step": step}).encode() + b"\n")
+
+
+def has_model(output: str, step: int) -> bool:
+    """Whether a run has written its model after this step, and it is still there."""
+    files, path = storage.filesystem(output)
+    found = files.get_file_info([f"{path}/{WRITTEN}", *(f"{path}/{MODEL}/{name}" for name in ("config.json", SINGLE))])
+    if not all(info.is_file for info in found):
+        return False
+    with files.open_input_stream(found[0].path) as stream:
+        return bool(json.loads(stream.read())["step"] == step)
+
+
+def upload_model(files: FileSystem, target: str, write: Callable[[str | Path], Path]) -> None:
     with tempfile.TemporaryDirectory(prefix="nightloom-model-") as folder:
         written = write(Path(folder) / MODEL)
         names = [file.relative_to(written).as_posix() for file in written.rglob("*") if file.is_file()]
         # Last what makes it a model: without it, nothing that is there counts.
         for name in sorted(names, key=lambda name: (name == "config.json", name)):
-            copy_file(LocalFileSystem(), str(written / name), files, f"{path}/{MODEL}/{name}")
+            copy_file(LocalFileSystem(), str(written / name), files, f"{target}/{name}")

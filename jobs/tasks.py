@@ -129,7 +129,7 @@ class Tuning(ABC):
 
     def save(self, state: State, output: str, *, first: bool) -> None:
         if first:
-            write_model(output, partial(self.write, state))
+            write_model(output, state.step, partial(self.write, state))
 
     @abstractmethod
     def write(self, state: State, path: str | Path) -> Path:

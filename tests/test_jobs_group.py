@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import group
-from jobs.group import Board, Repeats, TrainingReport, anchored, fit, has_model, stop_wishes
+from jobs.group import Board, Repeats, TrainingReport, anchored, fit, stop_wishes
 from jobs.monitor import Display
 from jobs.phases import PretrainConfiguration
 
@@ -42,14 +42,6 @@ def test_the_first_line_of_a_run_may_be_taken_again() -> None:
     for step in (11, 11, 12):
         repeats.add({"step": step, "tokens": step * 100})
     assert (repeats.steps, repeats.tokens) == (1, 0)
-
-
-def test_a_model_without_weights_is_none(tmp_path) -> None:
-    """As a write to S3 that was cut off may leave it."""
-    (tmp_path / "model").mkdir()
-    for name, found in (("config.json", False), ("model.safetensors", True)):
-        (tmp_path / "model" / name).write_bytes(b"{}")
-        assert has_model(str(tmp_path)) == found
 
 
 def test_workers_find_what_the_driver_named(tmp_path, monkeypatch) -> None:

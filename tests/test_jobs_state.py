@@ -18,6 +18,7 @@ from jobs.state import (
     bring_back,
     check_resumable,
     checkpoint_bytes,
+    has_model,
     save_model,
     starting_shape,
     take_down,
@@ -213,6 +214,7 @@ def test_what_makes_a_model_is_written_last(tmp_path: Path, monkeypatch: pytest.
     remote, written = SubTreeFileSystem(str(tmp_path), LocalFileSystem()), []
     monkeypatch.setattr(state_module.storage, "filesystem", lambda uri: (remote, "run"))
     monkeypatch.setattr(state_module, "copy_file", lambda source, path, target, name: written.append(name))
+    monkeypatch.setattr(state_module, "write_file", lambda output, name, data: written.append(name))
 
     def write(folder: Path) -> Path:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"):
@@ -220,11 +222,30 @@ def test_what_makes_a_model_is_written_last(tmp_path: Path, monkeypatch: pytest.
             (folder / name).write_text("{}")
         return folder
 
-    write_model("s3://bucket/run", write)  # type: ignore[arg-type]
-    assert sorted(written[:-1]) == [
+    write_model("s3://bucket/run", 7, write)  # type: ignore[arg-type]
+    assert sorted(written[:-2]) == [
         f"run/model/{n}" for n in ("1_Pooling/config.json", "model.safetensors", "tokenizer.json")
     ]
-    assert written[-1] == "run/model/config.json"
+    assert written[-2:] == ["run/model/config.json", "model.json"]
+
+
+def test_a_model_is_of_a_step_and_whole(tmp_path: Path) -> None:
+    """What an earlier end of the same run left, or a write that was cut off, is none."""
+
+    def write(folder: str | Path) -> Path:
+        Path(folder).mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            (Path(folder) / name).write_bytes(b"{}")
+        return Path(folder)
+
+    assert not has_model(str(tmp_path), 7)
+    write(tmp_path / "model")
+    assert not has_model(str(tmp_path), 7)
+    write_model(str(tmp_path), 7, write)
+    assert has_model(str(tmp_path), 7)
+    assert not has_model(str(tmp_path), 8)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert not has_model(str(tmp_path), 7)
 
 
 def test_bytes_of_a_checkpoint_are_about_right(manifest: Manifest) -> None:
