@@ -16,7 +16,7 @@ from model.batch import pack
 from model.config import EncoderConfig
 from model.encoder import Encoder, init_weights
 from model.pooling import normalize
-from models.make_small import make_tokenizer, moved_embedding, save, soft_contrast, tune, widen, word_table
+from models.make_small import average, make_tokenizer, moved_embedding, save, soft_contrast, tune, widen, word_table
 
 SHAPE = EncoderConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_tokens=512)
 
@@ -114,3 +114,15 @@ def test_a_tuning_that_was_cut_in_two_ends_the_same(units: str, tiny_tokenizer_f
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     begin = Embedder(tmp_path / "start").encoder.state_dict()
     assert not torch.equal(whole["layers.1.mlp.Wo.weight"].float(), begin["layers.1.mlp.Wo.weight"].float())
+
+
+def test_an_average_lies_between(tiny_tokenizer_folder: Path, tmp_path: Path) -> None:
+    encoders = [encoder_of(SHAPE), encoder_of(SHAPE)]
+    with torch.no_grad():
+        encoders[1].layers[0].mlp.Wo.weight.add_(1.0)
+    for name, encoder in zip(("one", "other"), encoders, strict=True):
+        save(encoder, str(tmp_path / name), str(tiny_tokenizer_folder))
+    average(*(str(tmp_path / name) for name in ("one", "other", "mean")))
+    mean = Embedder(tmp_path / "mean", dtype="float32").encoder.state_dict()
+    for name, tensor in encoders[0].state_dict().items():
+        torch.testing.assert_close(mean[name], tensor + 0.5 * (name == "layers.0.mlp.Wo.weight"), atol=1e-3, rtol=1e-3)
