@@ -50,17 +50,20 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
         return math.inf
 
 
+def own_cpus() -> set[int]:
+    """The logical CPUs that this process may run on, whatever its share of their time."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def allowed_cpus() -> int:
     """Logical CPUs that this process may use, by affinity and by quota (rounded up)."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(allowed, cpu_quota())))
+    return max(1, math.ceil(min(len(own_cpus()), cpu_quota())))
 
 
 def physical_cores() -> int:
     """Cores that this process may use, hyper-threads counted once where Linux says which they are."""
     cores = set()
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    for cpu in allowed:
+    for cpu in own_cpus():
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
     return min(len(cores), allowed_cpus())

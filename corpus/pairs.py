@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -153,12 +154,15 @@ class Pairs:
             usable = np.flatnonzero((sources == source) & (lengths > 8))
             weights = np.minimum(lengths[usable], 2000) ** 0.75
             self.sections[source], self.chances[source] = usable, np.cumsum(weights) / weights.sum()
-        self.sketches = self.sketch(size)
         present = [source for source in SHARES if len(self.sections[source])]
         self.names, self.shares = present, np.array([SHARES[s] for s in present]) / sum(SHARES[s] for s in present)
 
-    def sketch(self, vocabulary: int) -> np.ndarray:
-        """(sections, SKETCH_DIM): rare tokens of the beginnings on random directions, unit length."""
+    @cached_property
+    def sketches(self) -> np.ndarray:
+        """(sections, SKETCH_DIM): rare tokens of the beginnings on random directions, unit length. Some seconds, and
+        only near places need them.
+        """
+        vocabulary = len(self.starts_word)
         counts = np.bincount(self.tokens, minlength=vocabulary) + 1.0
         rarity = np.log(counts.sum() / counts)[:, None]
         directions = (np.random.default_rng(0).standard_normal((vocabulary, SKETCH_DIM)) * rarity).astype(np.float32)
@@ -194,9 +198,14 @@ class Pairs:
             sources += [source] * len(drawn)
         return [question for question, _ in pairs], [passage for _, passage in pairs], sources
 
-    def section(self, source: str, rng: np.random.Generator) -> int:
+    def sections_at(self, source: str, draws: np.ndarray) -> np.ndarray:
+        """The sections that numbers from 0 to 1 stand for, each as often as its length wants."""
         chances = self.chances[source]
-        return int(self.sections[source][min(np.searchsorted(chances, rng.random()), len(chances) - 1)])
+        drawn: np.ndarray = self.sections[source][np.minimum(np.searchsorted(chances, draws), len(chances) - 1)]
+        return drawn
+
+    def section(self, source: str, rng: np.random.Generator) -> int:
+        return int(self.sections_at(source, rng.random(1))[0])
 
     def place(self, section: int) -> Place:
         heading = self.heading_tokens[self.heading_offsets[section] : self.heading_offsets[section + 1]]
@@ -210,9 +219,7 @@ class Pairs:
         if pieces > NEAR // 2:  # its heading would ask for every piece
             edges = np.linspace(first, end, pieces + 1).astype(int)
             return [(int(a), int(b), heading[:0]) for a, b in pairwise(edges) if b > a]
-        chances = self.chances[source]
-        drawn = np.minimum(np.searchsorted(chances, rng.random(CANDIDATES)), len(chances) - 1)
-        others = np.unique(self.sections[source][drawn])
+        others = np.unique(self.sections_at(source, rng.random(CANDIDATES)))
         alike = self.sketches[others] @ self.sketches[seed]
         chosen = others[np.argsort(-alike)][: 4 * NEAR]
         kept = [seed]

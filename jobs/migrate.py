@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
-from lance.fragment import FragmentMetadata
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from jobs.configuration import EmbedConfiguration
@@ -25,7 +24,7 @@ from pipeline.dead import DeadLetters
 from pipeline.lease import Lease
 from pipeline.ledger import new_run, recorded
 from pipeline.table import NEXT, EmbeddingTable
-from pipeline.upkeep import rewrite
+from pipeline.upkeep import metadata_of, rewrite_groups
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +116,9 @@ def switch(uri: str, since: int | None = None) -> int | None:
                 published_before=table.published_version(),
             )
             # A deletion is named after its fragment, and fragments get new numbers: so the deleted rows go for good.
-            without_deletions(grown, run)
-            fragments = [fragment.metadata for fragment in grown.dataset.get_fragments()]
+            # Each of these fragments stays as large as it was, and the others are not touched.
+            rewrite_groups(grown, run, [[f] for f in metadata_of(grown) if f.deletion_file])
+            fragments = metadata_of(grown)
             assert not any(fragment.deletion_file for fragment in fragments)
             bring([file.path for fragment in fragments for file in fragment.files], grown.uri, table.uri)
             bring_folder("_canaries", grown.uri, table.uri)
@@ -128,14 +128,6 @@ def switch(uri: str, since: int | None = None) -> int | None:
             entry.set(status="published", version=version, published=version, rows=table.dataset.count_rows())
         discard(uri)
     return version
-
-
-def without_deletions(table: EmbeddingTable, run: str) -> None:
-    """Rewrite the fragments that have deleted rows, and no others: each as large as it was."""
-    old = [f.fragment_id for f in table.dataset.get_fragments() if f.metadata.deletion_file]
-    new = [FragmentMetadata.from_json(rewrite(table.uri, table.version, [number])) for number in old]
-    if old:
-        table.replace(old, new, run=run)
 
 
 def clear_away(table: EmbeddingTable) -> None:

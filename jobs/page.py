@@ -154,6 +154,8 @@ def shown(value: Any) -> str:
     """A value in a cell."""
     if value is None:
         return ""
+    if isinstance(value, tuple):
+        return ", ".join(map(shown, value))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
@@ -308,8 +310,7 @@ def settings(table: EmbeddingTable, record: dict[str, Any] | None) -> str:
     rows: list[tuple[str, Any]] = [("model", table.model), *asdict(table.recipe).items()]
     rows += [("fingerprint", table.fingerprint)]
     rows += [(name, (record or {}).get(name)) for name in ("host", "run")]
-    rows = [(name, ", ".join(value) if isinstance(value, tuple) else value) for name, value in rows]
-    kept = [(name, value) for name, value in rows if value not in (None, "")]
+    kept = [(name, value) for name, value in rows if value not in (None, "", ())]
     cells = [f"<div><dt>{escape(name)}</dt><dd>{escape(shown(value))}</dd></div>" for name, value in kept]
     return card_of(f'<dl class="facts">{"".join(cells)}</dl>', title="One recipe decides every vector", width="wide")
 

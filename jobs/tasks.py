@@ -21,10 +21,12 @@ from jobs.state import State, write_model
 from jobs.tuning import FinetuneConfiguration, dims_of, prompts_of
 from model.batch import PackedBatch
 from model.contrastive import NEGATIVE, POSITIVE, QUERY, Texts, contrastive_loss
+from model.decoder import CausalLanguageModel
 from model.distillation import distillation_loss
 from model.flops import cost
 from model.folder import ModelFolder
 from model.gradcache import Loss, VectorBin, VectorModel, learn_from_vectors
+from model.heads import Headed
 from model.losses import IGNORED, Pretraining
 from model.optimizer import gradient_norm
 from model.supervised import Supervised
@@ -241,6 +243,16 @@ class VectorTuning(Tuning):
 class BinTuning(Tuning):
     """What is learned of each bin by itself; the model gives a loss for one."""
 
+    def write_headed(self, model: Headed | CausalLanguageModel, path: str | Path) -> Path:
+        """The folder of a model with its head, whose texts are cut where those of the model before were."""
+        return save_folder(
+            model,
+            path,
+            tokenizer_from=self.folder.path,
+            max_tokens=self.folder.max_tokens,
+            dtype=getattr(torch, self.configuration.model.save_dtype),
+        )
+
     def learn(
         self, state: State, replicas: Replicas, step: ExampleBatch, counts: Sequence[float], factor: float
     ) -> list[float]:
@@ -292,10 +304,7 @@ class LabelTuning(BinTuning):
 
     def write(self, state: State, path: str | Path) -> Path:
         assert isinstance(state.model, Supervised)
-        dtype = getattr(torch, self.configuration.model.save_dtype)
-        limit = self.folder.max_tokens
-        module = state.model.model
-        return save_folder(module, path, tokenizer_from=self.folder.path, max_tokens=limit, dtype=dtype)
+        return self.write_headed(state.model.model, path)
 
 
 @dataclass(frozen=True)
@@ -329,10 +338,7 @@ class MaskedTuning(BinTuning):
 
     def write(self, state: State, path: str | Path) -> Path:
         assert isinstance(state.model, Pretraining)
-        dtype = getattr(torch, self.configuration.model.save_dtype)
-        limit = self.folder.max_tokens
-        module = state.model.language_model
-        return save_folder(module, path, tokenizer_from=self.folder.path, max_tokens=limit, dtype=dtype)
+        return self.write_headed(state.model.language_model, path)
 
 
 def share(step: ExampleBatch) -> list[TextBin]:

@@ -193,8 +193,7 @@ def save_folder(
                 "prompts": prompts or {},
                 "default_prompt_name": default_prompt_name,
                 "similarity_fn_name": similarity_fn_name,
-                "truncate_dim": truncate_dim,
-            }
+            } | ({"truncate_dim": truncate_dim} if truncate_dim else {})
             _write_sentence_transformers(
                 staging, encoder.config, pooling, normalize, include_prompt, max_tokens, settings
             )
@@ -249,9 +248,7 @@ def _write_sentence_transformers(
     _write_json(
         path / "sentence_bert_config.json", {"max_seq_length": max_tokens or config.max_tokens, "do_lower_case": False}
     )
-    _write_json(
-        path / "config_sentence_transformers.json", {k: v for k, v in settings.items() if k != "truncate_dim" or v}
-    )
+    _write_json(path / "config_sentence_transformers.json", settings)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -16,8 +16,8 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.keys import Keys, as_keys, hash_ids
 from pipeline.recipe import Recipe
-from pipeline.table import EmbeddingTable, table_schema
-from pipeline.vectors import also_column, as_array, as_vectors, vector_array
+from pipeline.table import EmbeddingTable
+from pipeline.vectors import also_column, as_array, as_vectors, column_type, vector_array
 
 log = logging.getLogger(__name__)
 
@@ -120,14 +120,12 @@ def look_at(rows: pa.Table, fragment: int, recipe: Recipe) -> VectorStatistics:
     """The statistics of some rows."""
     vectors = as_vectors(rows["vector"], recipe.vector_type)
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
-    off = np.abs(np.linalg.norm(np.where(finite[:, None], vectors, 0), axis=1) - 1)
+    clean = np.where(finite[:, None], vectors, 0)
+    off = np.abs(np.linalg.norm(clean, axis=1) - 1)
     odd: np.ndarray = finite & (off > norm_tolerance(recipe.vector_type)) & recipe.normalize
     disagree = np.zeros(len(rows), bool)
-    for name in recipe.also:
-        kept, due = (
-            as_array(rows[also_column(name)]),
-            as_array(vector_array(np.where(finite[:, None], vectors, 0), name)),
-        )
+    for form in recipe.also:
+        kept, due = as_array(rows[also_column(form)]), as_array(vector_array(clean, form))
         disagree |= finite & (kept != due).any(axis=1)
     bad = hash_ids(rows["document_id"].filter(pa.array(~finite | odd | disagree)).unique())
     good = vectors[finite].astype(np.float64)
@@ -226,9 +224,9 @@ def check_vectors(table: EmbeddingTable, off: Iterable[str], *, run: str) -> Ver
     Args:
         off: gates that are not to refuse anything.
     """
-    due = table_schema(table.recipe.dim, table.recipe.vector_type, also=table.recipe.also)
-    for name in ("vector", *map(also_column, table.recipe.also)):
-        kind, expected = table.schema.field(name).type, due.field(name).type
+    recipe = table.recipe
+    for name, form in {"vector": recipe.vector_type, **{also_column(form): form for form in recipe.also}}.items():
+        kind, expected = table.schema.field(name).type, column_type(recipe.dim, form)
         if kind != expected:
             return Verdict({}, [f"vectors: the column {name} is {kind}, the recipe promises {expected}"])
     seen = scan_unpublished(table)

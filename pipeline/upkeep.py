@@ -6,7 +6,7 @@ version refers to. Nothing of it happens in a run that changed nothing.
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -46,7 +46,21 @@ def compact(
     Returns:
         The fragments that were replaced; 0 where it was not worth it.
     """
-    groups = groups_of([fragment.metadata for fragment in table.dataset.get_fragments()])
+    return rewrite_groups(table, run, groups_of(metadata_of(table)), each=each)
+
+
+def metadata_of(table: EmbeddingTable) -> list[FragmentMetadata]:
+    return [fragment.metadata for fragment in table.dataset.get_fragments()]
+
+
+def rewrite_groups(
+    table: EmbeddingTable,
+    run: str,
+    groups: Sequence[Sequence[FragmentMetadata]],
+    *,
+    each: Callable[[Rewrite, list[tuple[Any, ...]]], Iterable[str]] | None = None,
+) -> int:
+    """Make one fragment of the live rows of each group, in one commit; how many fragments were replaced."""
     if not groups:
         return 0
     calls = [(table.uri, table.version, [fragment.id for fragment in group]) for group in groups]

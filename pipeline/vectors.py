@@ -42,9 +42,7 @@ def check_also(also: Sequence[str], vector_type: str, dim: int, *, normalize: bo
     for name in also:
         check_type(name, dim, normalize=normalize)
         if name not in UNIT or order.index(name) <= order.index(vector_type):
-            raise InputError(
-                f"vectors.also has {name}, which is no cheaper form of {vector_type} to search by; int8 and bits are"
-            )
+            raise InputError(f"vectors.also has {name}, which is no cheaper form of {vector_type}; leave it out")
     return tuple(sorted(set(also), key=order.index))
 
 
