@@ -19,7 +19,7 @@ $(VENV)/bin/python:
 	  rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && \
 	  $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; }
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard model/kernels*.cpp model/kernels.h) | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard model/kernels*.cpp model/kernels*.h) | $(VENV)/bin/python
 	@echo "installing into $(VENV): a few minutes the first time"
 	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

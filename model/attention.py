@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import kernels
+from model import differentiable, kernels
 from model.batch import PackedBatch
 from model.config import QUERY_BLOCK
 from model.errors import InputError
@@ -59,8 +59,6 @@ def prepare(
         rotary: tables by which `attend` turns queries and keys.
     """
     pattern = pattern.settled(batch.max_seqlen)
-    if backend == "native" and (torch.is_grad_enabled() or pattern.causal):
-        backend = "blocks"
     if backend != "reference" and (pattern.num_global or pattern.key_blocks is not None):
         backend = "blocks"  # the only fast one that knows these
     bias = BACKENDS[backend].bias(batch, pattern, dtype)
@@ -267,7 +265,10 @@ def _varlen_attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, plan: Plan) -> T
 
 
 def _native_attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, plan: Plan) -> Tensor:
-    return kernels.attend(q_TNH, k_TNH, v_TNH, plan.batch.cu_seqlens, plan.pattern.window, plan.rotary)
+    back = -1 if plan.pattern.window is None else plan.pattern.window
+    bounds, tables = (back, 0 if plan.pattern.causal else back), plan.rotary or (None, None)
+    call = differentiable.attend if torch.is_grad_enabled() else kernels.attend
+    return call(q_TNH, k_TNH, v_TNH, plan.batch.cu_seqlens, bounds, tables)
 
 
 def _no_bias(batch: PackedBatch, pattern: Pattern, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import kernels
+from model import differentiable, kernels
 from model.attention import Plan, attend, choose_backend, prepare, strips
 from model.batch import PackedBatch
 from model.config import FULL, EncoderConfig
@@ -79,8 +79,7 @@ class GeGLU(nn.Module):
         self.Wo = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        value, gate = self.Wi(x_TD).chunk(2, dim=-1)
-        return self.Wo(F.gelu(value) * gate)
+        return self.Wo(differentiable.geglu(self.Wi(x_TD)))
 
 
 class Layer(nn.Module):
@@ -93,8 +92,9 @@ class Layer(nn.Module):
         self.mlp = GeGLU(config)
 
     def forward(self, x_TD: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
-        x_TD = x_TD + self.attn.Wo(self.attn(self.attn_norm(x_TD).to(dtype), plan))
-        return x_TD + self.mlp(self.mlp_norm(x_TD).to(dtype))
+        attended_TD = self.attn.Wo(self.attn(differentiable.norm(x_TD, self.attn_norm, dtype), plan))
+        x_TD, normed_TD = differentiable.add_norm(x_TD, attended_TD, self.mlp_norm)
+        return x_TD + self.mlp(normed_TD)
 
     def advance(self, x_TD: Tensor, normed_TD: Tensor, plan: Plan, next_norm: nn.LayerNorm | None) -> None:
         """The same without a gradient, in place and in strips.

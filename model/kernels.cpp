@@ -1,6 +1,7 @@
-// Inference kernels for x86 processors with AVX-512 and bfloat16: what stands between matrix products. Plain C symbols,
+// Kernels for x86 processors with AVX-512 and bfloat16: what stands between matrix products. Plain C symbols,
 // raw pointers, OpenMP: no header of PyTorch is needed, so the library fits any version of it. model/kernels.py loads it
-// and says when it may be called; where it may not, the same arithmetic runs in PyTorch. Attention is in its own file.
+// and says when it may be called; where it may not, the same arithmetic runs in PyTorch. Attention is in
+// files of its own, and so are backward passes.
 
 #include <omp.h>
 
@@ -8,37 +9,6 @@
 #include <cstring>
 
 #include "kernels.h"
-
-namespace {
-
-// GELU by the error function: Abramowitz and Stegun 7.1.26, absolute error of erf 1.5e-7.
-inline __m512 gelu_ps(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.f);
-  const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
-  const __m512 d = _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one);
-  __m512 t = _mm512_rcp14_ps(d);
-  t = _mm512_mul_ps(t, _mm512_fnmadd_ps(d, t, _mm512_set1_ps(2.f)));  // one step of Newton
-  __m512 p = _mm512_set1_ps(1.061405429f);
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-  const __m512 e = exp2_ps(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-LOG2E)));
-  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), e);  // 1 - erf(|x| / sqrt 2)
-  // x > 0: x (2 - tail) / 2; x < 0: x tail / 2.
-  const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-  const __m512 share = _mm512_mask_sub_ps(tail, positive, _mm512_set1_ps(2.f), tail);
-  return _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.5f)), share);
-}
-
-// Rows [begin, end) of `rows` for this thread.
-inline void share_of_thread(int64_t rows, int64_t& begin, int64_t& end) {
-  const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-  begin = rows * i / n;
-  end = rows * (i + 1) / n;
-}
-
-}  // namespace
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -87,7 +57,8 @@ void nightloom_geglu(const bf16* x, bf16* out, int64_t rows, int width, int thre
     for (int64_t row = begin; row < end; row++)
       for (int d = 0; d < width; d += 16) {
         const bf16* at = x + 2 * row * width + d;
-        store(out + row * width + d, _mm512_mul_ps(gelu_ps(load(at)), load(at + width)));
+        const __m512 value = load(at);
+        store(out + row * width + d, _mm512_mul_ps(_mm512_mul_ps(value, gelu_parts(value).share), load(at + width)));
       }
   }
 }

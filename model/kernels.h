@@ -1,7 +1,8 @@
-// What the kernels share: bfloat16 in and out of registers, masks, a fast exponential.
+// What the kernels share: bfloat16 in and out of registers, masks, a fast exponential, GELU, shares of threads.
 #pragma once
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <cstdint>
 
@@ -25,6 +26,36 @@ inline __m512 exp2_ps(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9300383e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0000026f));
   return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
+}
+
+// GELU by the error function: Abramowitz and Stegun 7.1.26, absolute error of erf 1.5e-7. `share` is the normal
+// distribution's: gelu(x) = x share(x).
+struct Gelu {
+  __m512 share, exponential;  // the second is e^(-x^2 / 2)
+};
+
+inline Gelu gelu_parts(__m512 x) {
+  const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
+  const __m512 d = _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), _mm512_set1_ps(1.f));
+  __m512 t = _mm512_rcp14_ps(d);
+  t = _mm512_mul_ps(t, _mm512_fnmadd_ps(d, t, _mm512_set1_ps(2.f)));  // one step of Newton
+  __m512 p = _mm512_set1_ps(1.061405429f);
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+  const __m512 e = exp2_ps(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-LOG2E)));
+  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), e);  // 1 - erf(|x| / sqrt 2)
+  const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+  const __m512 twice = _mm512_mask_sub_ps(tail, positive, _mm512_set1_ps(2.f), tail);
+  return {_mm512_mul_ps(_mm512_set1_ps(0.5f), twice), e};
+}
+
+// Rows [begin, end) of `rows` for this thread.
+inline void share_of_thread(int64_t rows, int64_t& begin, int64_t& end) {
+  const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
+  begin = rows * i / n;
+  end = rows * (i + 1) / n;
 }
 
 }  // namespace

@@ -1,183 +1,25 @@
-// Attention for x86 processors with AVX-512 and bfloat16, its matrix products on AMX tiles or on vector registers.
-//
-// Names: T tokens, N heads, H head size. Matrices are laid out in tiles of 16 rows of 64 bytes, whichever way they are
-// multiplied. A right-hand tile holds pairs: row p, column n is (B[2p][n], B[2p + 1][n]), as TDPBF16PS and VDPBF16PS
-// read it.
+// Attention for x86 processors with AVX-512 and bfloat16 (see kernels_attention.h for names and layouts).
 
 #include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels_attention.h"
 
 namespace {
-
-constexpr int ROWS = 16;             // rows of a tile
-constexpr int QUERIES = 32;          // queries of a block: two tiles share what is loaded of keys and values
-constexpr int PAIRS = 32;            // bfloat16 in a row of a tile
-constexpr int TILE = ROWS * PAIRS;   // elements of a tile
-// How C[32][16 columns] (+)= A[32][32 steps] B is computed; B in tiles, step k and column tile n at b + k * step +
-// n * next, `columns` even. Rows from `rows` on may be left out. BLOCK is how many keys one step of the softmax takes.
-
-struct OnTiles {
-  static constexpr int BLOCK = 256;
-
-  static void begin() {
-    struct alignas(64) Config {  // eight tiles of 16 rows of 64 bytes
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS};
-    };
-    static const Config config;
-    _tile_loadconfig(&config);
-  }
-
-  static void end() { _tile_release(); }
-
-  // Two column tiles at a time: tiles 0 to 3 sum, 4 and 5 are left, 6 and 7 right; four sums hide the latency of each.
-  static void product(const bf16* a, int lda, const bf16* b, int step, int next, int steps, float* c, int ldc,
-                      int columns, bool add, int) {
-    for (int n = 0; n < columns; n += 2, c += 32, b += 2 * next) {
-      float* below = c + ROWS * ldc;
-      if (add) {
-        _tile_loadd(0, c, ldc * 4);
-        _tile_loadd(1, c + 16, ldc * 4);
-        _tile_loadd(2, below, ldc * 4);
-        _tile_loadd(3, below + 16, ldc * 4);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
-      for (int k = 0; k < steps; k++) {
-        _tile_loadd(4, a + k * PAIRS, lda * 2);
-        _tile_loadd(6, b + k * step, 64);
-        _tile_loadd(7, b + k * step + next, 64);
-        _tile_loadd(5, a + ROWS * lda + k * PAIRS, lda * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      _tile_stored(0, c, ldc * 4);
-      _tile_stored(1, c + 16, ldc * 4);
-      _tile_stored(2, below, ldc * 4);
-      _tile_stored(3, below + 16, ldc * 4);
-    }
-  }
-};
-
-struct OnVectors {
-  static constexpr int BLOCK = 128;
-
-  static void begin() {}
-  static void end() {}
-
-  static void product(const bf16* a, int lda, const bf16* b, int step, int next, int steps, float* c, int ldc,
-                      int columns, bool add, int rows) {
-    int n = 0;
-    for (; n + 4 <= columns; n += 4)
-      for (int r = 0; r < rows; r += 4)
-        strip<4>(a + r * lda, lda, b + n * next, step, next, steps, c + r * ldc + 16 * n, ldc, add);
-    if (n < columns)
-      for (int r = 0; r < rows; r += 4)
-        strip<2>(a + r * lda, lda, b + n * next, step, next, steps, c + r * ldc + 16 * n, ldc, add);
-  }
-
- private:
-  // Four rows of N column tiles: 4 N sums in registers, each row's pair broadcast from memory.
-  template <int N>
-  static void strip(const bf16* a, int lda, const bf16* b, int step, int next, int steps, float* c, int ldc, bool add) {
-    __m512 sum[4][N];
-    for (int r = 0; r < 4; r++)
-      for (int n = 0; n < N; n++) sum[r][n] = add ? _mm512_loadu_ps(c + r * ldc + 16 * n) : _mm512_setzero_ps();
-    for (int k = 0; k < steps; k++)
-      for (int p = 0; p < ROWS; p++) {
-        __m512bh right[N];
-        for (int n = 0; n < N; n++) right[n] = (__m512bh)_mm512_load_si512(b + k * step + n * next + p * PAIRS);
-        for (int r = 0; r < 4; r++) {
-          int pair;
-          std::memcpy(&pair, a + r * lda + k * PAIRS + 2 * p, sizeof pair);
-          const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
-          for (int n = 0; n < N; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], left, right[n]);
-        }
-      }
-    for (int r = 0; r < 4; r++)
-      for (int n = 0; n < N; n++) _mm512_storeu_ps(c + r * ldc + 16 * n, sum[r][n]);
-  }
-};
-
-// 16 rows of 16 pairs to 16 columns of pairs: transposes 32-bit elements.
-inline void transpose_pairs(const bf16* in, int stride, bf16* out) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * stride);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * PAIRS, r[i]);
-}
-
-struct Attention {
-  const bf16 *q, *k, *v;   // token t, head n at q + t * stride + n * H
-  bf16* out;               // (T, N, H)
-  const float *cos, *sin;  // token t at cos + t * table_stride, H / 2 values; null: no rotation
-  int64_t stride, table_stride;
-  int heads, window;       // window < 0: every key of the sequence
-};
 
 struct Item {
   int start, length, begin, end, head;  // a sequence's first token and length; queries [begin, end) of it; a head
 };
 
-template <int H>
-inline void rotated(const Attention& p, const bf16* x, int64_t token, bf16* out) {
-  if (!p.cos) {
-    std::memcpy(out, x, H * sizeof(bf16));
-    return;
-  }
-  const float *cos = p.cos + token * p.table_stride, *sin = p.sin + token * p.table_stride;
-  for (int d = 0; d < H / 2; d += 16) {
-    const __m512 c = _mm512_loadu_ps(cos + d), s = _mm512_loadu_ps(sin + d);
-    const __m512 low = load(x + d), high = load(x + d + H / 2);
-    store(out + d, _mm512_fnmadd_ps(high, s, _mm512_mul_ps(low, c)));
-    store(out + d + H / 2, _mm512_fmadd_ps(low, s, _mm512_mul_ps(high, c)));
-  }
-}
-
-// Keys [low, high) of an item, zeros up to `padded`: `keys` in tiles of 16 keys by 32 dimensions, transposed, `values`
-// in tiles of 32 keys by 16 dimensions.
+// Keys [low, high) of an item, zeros up to `padded`, in the tiles in which they are multiplied: keys as columns, values
+// as rows.
 template <int H>
 void pack_keys(const Attention& p, const Item& item, int low, int high, int padded, bf16* keys, bf16* values) {
   alignas(64) bf16 rows[ROWS * H];
-  const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-  for (int at = 0; at < padded; at += ROWS) {
+  for (int at = 0; at < padded; at += ROWS, keys += ROWS * H) {
     for (int i = 0; i < ROWS; i++) {
       const int64_t token = item.start + low + at + i;
       // Rows of a head lie kilobytes apart, where no hardware looks ahead.
@@ -192,25 +34,16 @@ void pack_keys(const Attention& p, const Item& item, int low, int high, int padd
       else
         std::memset(rows + i * H, 0, H * sizeof(bf16));
     }
-    for (int d = 0; d < H; d += PAIRS, keys += TILE) transpose_pairs(rows + d, H, keys);
+    as_columns<H>(rows, keys);
   }
-  for (int at = 0; at < padded; at += 2 * ROWS, values += TILE * (H / 16))
-    for (int i = 0; i < ROWS; i++)
-      for (int d = 0; d < H; d += PAIRS) {
-        __m512i row[2];
-        for (int j = 0; j < 2; j++) {
-          const int key = low + at + 2 * i + j;
-          row[j] = _mm512_setzero_si512();
-          if (key < high) row[j] = _mm512_loadu_si512(p.v + (item.start + key) * p.stride + item.head * H + d);
-        }
-        bf16* to = values + d / 16 * TILE + i * PAIRS;
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(row[0], lower, row[1]));
-        _mm512_storeu_si512(to + TILE, _mm512_permutex2var_epi16(row[0], upper, row[1]));
-      }
+  const bf16* first = p.v + item.start * p.stride + item.head * H;
+  for (int at = low; at < low + padded; at += 2 * ROWS, values += 2 * ROWS * H)
+    for (int i = 0; i < ROWS; i++) {
+      const int key = at + 2 * i;
+      as_rows<H>(key < high ? first + key * p.stride : nullptr, key + 1 < high ? first + (key + 1) * p.stride : nullptr,
+                 values + i * PAIRS);
+    }
 }
-
-// Lanes of the vector at `j` that lie in [from, to).
-inline __mmask16 lanes(int j, int from, int to) { return first(to - j) & (__mmask16)~first(from - j); }
 
 inline float largest(const float* scores, int from, int to) {
   __m512 high = _mm512_set1_ps(-INFINITY);
@@ -237,9 +70,7 @@ inline void weigh(const float* scores, bf16* weights, int from, int to, int widt
 
 template <int H, class Products>
 void attend_item(const Attention& p, const Item& item, std::vector<bf16>& space) {
-  const bool local = p.window >= 0;
-  const int low = local ? std::max(0, item.begin - p.window) & ~31 : 0;
-  const int high = local ? (int)std::min<int64_t>(item.length, (int64_t)item.end + p.window) : item.length;
+  const int low = std::max(0, item.begin - p.back) & ~31, high = std::min(item.length, item.end + p.ahead);
   const int padded = (high - low + 31) & ~31;
   const size_t need = (size_t)2 * padded * H + 32;
   if (space.size() < need) space.resize(need);
@@ -263,8 +94,8 @@ void attend_item(const Attention& p, const Item& item, std::vector<bf16>& space)
       rotated<H>(p, p.q + token * p.stride + item.head * H, token, queries + r * H);
     }
     // Places of keys are counted from `low` from here on.
-    const int begin = local ? (std::max(0, query - p.window) & ~31) - low : 0;
-    const int end = (local ? std::min(item.length, query + rows + p.window) : item.length) - low;
+    const int begin = (std::max(0, query - p.back) & ~31) - low;
+    const int end = std::min(item.length, query + rows + p.ahead) - low;
     float top[QUERIES];
     __m512 sum[QUERIES];
     for (int r = 0; r < QUERIES; r++) top[r] = -INFINITY, sum[r] = _mm512_setzero_ps();
@@ -278,8 +109,8 @@ void attend_item(const Attention& p, const Item& item, std::vector<bf16>& space)
       float high[QUERIES];
       for (int r = 0; r < rows; r++) {
         const int q = query + r - low;
-        from[r] = local ? std::min(width, std::max(0, q - p.window - at)) : 0;
-        to[r] = std::max(from[r], std::min(width, (local ? std::min(end, q + p.window + 1) : end) - at));
+        from[r] = std::min(width, std::max(0, q - p.back - at));
+        to[r] = std::max(from[r], std::min(width, std::min(end, q + p.ahead + 1) - at));
         high[r] = largest(scores + r * SCORES, from[r], to[r]) * scale;
       }
       for (int r = 0; r < rows; r++) {
@@ -298,8 +129,11 @@ void attend_item(const Attention& p, const Item& item, std::vector<bf16>& space)
                         !fresh, rows);
     }
     for (int r = 0; r < rows; r++) {
-      const __m512 share = _mm512_set1_ps(1.f / _mm512_reduce_add_ps(sum[r]));
-      bf16* to = p.out + ((int64_t)(item.start + query + r) * p.heads + item.head) * H;
+      const float total = _mm512_reduce_add_ps(sum[r]);
+      const __m512 share = _mm512_set1_ps(1.f / total);
+      const int64_t place = (int64_t)(item.start + query + r) * p.heads + item.head;
+      if (p.normalizers) p.normalizers[place] = top[r] + std::log2(total);
+      bf16* to = p.out + place * H;
       for (int d = 0; d < H; d += 16) store(to + d, _mm512_mul_ps(_mm512_loadu_ps(out + r * H + d), share));
     }
   }
@@ -328,17 +162,18 @@ int nightloom_request_amx() {
   return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-// Attention within each of `sequences` sequences, cu_seqlens (sequences + 1); see struct Attention. H is 32 or 64; `tiles`: whether
-// to use AMX.
-void nightloom_attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, int64_t stride, const float* cos,
-                      const float* sin, int64_t table_stride, const int32_t* cu_seqlens, int sequences, int heads,
-                      int head_size, int window, int tiles, int threads) {
-  const Attention p = {q, k, v, out, cos, sin, stride, table_stride, heads, window};
+// Attention within each of `sequences` sequences, cu_seqlens (sequences + 1); see struct Attention, where negative
+// `back` and `ahead` are without a bound. H is 32 or 64; `tiles`: whether to use AMX.
+void nightloom_attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* normalizers, int64_t stride,
+                      const float* cos, const float* sin, int64_t table_stride, const int32_t* cu_seqlens,
+                      int sequences, int heads, int head_size, int back, int ahead, int tiles, int threads) {
+  back = back < 0 ? UNBOUNDED : std::min(back, UNBOUNDED), ahead = ahead < 0 ? UNBOUNDED : std::min(ahead, UNBOUNDED);
+  const Attention p = {q, k, v, out, normalizers, cos, sin, stride, table_stride, heads, back, ahead};
   const int64_t tokens = cu_seqlens[sequences];
   // Items of a few hundred queries where there is a window; where there is none, keys are packed once for each item,
   // so that items are as large as they can be with several for each thread.
   const int64_t share = tokens * heads / (8 * (int64_t)threads);
-  const int queries = window >= 0 ? 256 : (int)std::max<int64_t>(256, (share + 15) & ~15);
+  const int queries = back < UNBOUNDED ? 256 : (int)std::max<int64_t>(256, (share + 15) & ~15);
   std::vector<Item> items;
   for (int s = 0; s < sequences; s++) {
     const int start = cu_seqlens[s], length = cu_seqlens[s + 1] - start;
@@ -346,7 +181,7 @@ void nightloom_attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, in
       for (int head = 0; head < heads; head++)
         items.push_back({start, length, begin, std::min(length, begin + queries), head});
   }
-  if (window < 0)  // the costly first, so that no thread is left with one at the end
+  if (back == UNBOUNDED)  // the costly first, so that no thread is left with one at the end
     std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
       return (int64_t)(a.end - a.begin) * a.length > (int64_t)(b.end - b.begin) * b.length;
     });

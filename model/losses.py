@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import kernels
 from model.batch import PackedBatch
 from model.config import EncoderConfig
 from model.decoder import CausalLanguageModel
@@ -21,7 +22,7 @@ from model.heads import MaskedLanguageModel, PredictionHead
 IGNORED = -100
 """Ordering label of a sequence that is no ordered or swapped pair."""
 
-STRIP = {"cpu": 1 << 22, "cuda": 1 << 28}
+STRIP = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Logits held at once, in values. A whole batch's would be the largest tensor of the training by far (base size, 16,384
 tokens, 30 % masked: 250 million)."""
 
@@ -59,24 +60,15 @@ class MaskedCrossEntropy(torch.autograd.Function):
         rows = max(hidden_MD.shape[1], STRIP.get(hidden_MD.device.type, STRIP["cpu"]) // weight.shape[0])
         for start in range(0, hidden_MD.shape[0], rows):
             strip = slice(start, start + rows)
-            target_R1 = targets_M[strip, None]
             logits_RV = F.linear(hidden_MD[strip], weight, bias)
-            logit_R1 = logits_RV.gather(1, target_R1).to(wide)
-            p_RV = logits_RV.softmax(dim=1, dtype=wide)
-            p_R1 = p_RV.gather(1, target_R1)
-            # Below the smallest float the loss stays at its largest value, 87 in float32.
-            loss_R1 = -p_R1.clamp(min=torch.finfo(wide).tiny).log()
-            log_z_R1 = logit_R1 + loss_R1
-            correct = (p_R1 >= p_RV.amax(dim=1, keepdim=True)).sum()
-            sums += torch.stack([loss_R1.sum(), (log_z_R1**2).sum(), correct])
+            loss_R, log_z_R, correct, slope_RV = kernels.cross_entropy(
+                logits_RV, targets_M[strip], z_weight, learning=learning
+            )
+            sums += torch.stack([loss_R.sum(), (log_z_R**2).sum(), correct])
             if not learning:
                 continue
-            # d loss / d logits = p (1 + 2 z_weight log Z) - onehot, in place of p.
-            slope_RV = p_RV.mul_(1 + 2 * z_weight * log_z_R1) if z_weight else p_RV
-            slope_RV.scatter_add_(1, target_R1, torch.full_like(p_R1, -1.0))
-            slope = slope_RV.to(dtype)
-            gradient_MD[strip] = slope @ weight
-            gradient_VD += slope.T @ hidden_MD[strip]
+            gradient_MD[strip] = slope_RV @ weight
+            gradient_VD += slope_RV.T @ hidden_MD[strip]
             if gradient_V is not None:
                 gradient_V += slope_RV.sum(dim=0)
         if learning:

@@ -300,12 +300,14 @@ def test_recomputed_activations_change_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of the compiler's own doing
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.02)])
 def test_compiled_layers_learn_the_same(
-    text_shards: Path, tmp_path: Path, whole_run: tuple[Path, list[dict[str, Any]]]
+    dtype: str, tolerance: float, text_shards: Path, tmp_path: Path, whole_run: tuple[Path, list[dict[str, Any]]]
 ) -> None:
-    pretrain(text_shards, tmp_path / "run", "work.compile=true", "stop_after=3")
+    pretrain(text_shards, tmp_path / "run", "work.compile=true", f"work.dtype={dtype}", "stop_after=3")
     losses = [item["loss"] for item in read_lines(tmp_path / "run" / LINES)]
-    assert losses == pytest.approx([item["loss"] for item in whole_run[1][:3]], abs=1e-4)
+    assert losses == pytest.approx([item["loss"] for item in whole_run[1][:3]], abs=tolerance)
 
 
 def test_sentence_ordering_is_trained_beside(text_shards: Path, tmp_path: Path) -> None:

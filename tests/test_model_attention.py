@@ -272,7 +272,7 @@ def test_auto_takes_xformers_only_where_it_runs(
 
 
 def test_every_backend_is_tested() -> None:
-    """`native` has no gradient: test_model_kernels.py has its tests."""
+    """`native` takes bfloat16 only: test_model_kernels.py and test_model_differentiable.py have its tests."""
     assert {case.values[0] for case in KERNELS} | {"reference", "native"} == set(BACKENDS)
 
 

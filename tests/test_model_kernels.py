@@ -41,40 +41,49 @@ def random_projection(lengths: tuple[int, ...], heads: int, head_size: int) -> t
     return batch, qkv.bfloat16()
 
 
-def run(backend: str, batch: PackedBatch, qkv: Tensor, window: int | None, theta: float | None = None) -> Tensor:
+def run(
+    backend: str,
+    batch: PackedBatch,
+    qkv: Tensor,
+    window: int | None,
+    theta: float | None = None,
+    causal: bool = False,
+) -> Tensor:
     heads, size = qkv.shape[1] // 3, qkv.shape[2]
     rotary = Rotary(size, theta)(batch.positions_T(), batch.max_seqlen) if theta else None
     with torch.no_grad():
-        plan = prepare(backend, batch, Pattern(window), dtype=qkv.dtype, rotary=rotary)
+        plan = prepare(backend, batch, Pattern(window, causal), dtype=qkv.dtype, rotary=rotary)
         assert plan.backend == backend
         return attend(*qkv.clone().split(heads, dim=1), plan)
 
 
-def assert_close_to_exact(batch: PackedBatch, qkv: Tensor, window: int | None) -> None:
+def assert_close_to_exact(batch: PackedBatch, qkv: Tensor, window: int | None, causal: bool = False) -> None:
     """Two things are rounded, each by 2^-8 at most: the weights of the softmax, and the result."""
-    got = run("native", batch, qkv, window).double()
-    exact = run("reference", batch, qkv.double(), window)
+    got = run("native", batch, qkv, window, causal=causal).double()
+    exact = run("reference", batch, qkv.double(), window, causal=causal)
     query_key, value = qkv.double().tensor_split([qkv.shape[1] // 3 * 2], dim=1)
-    mean_of_sizes = run("reference", batch, torch.cat([query_key, value.abs()], dim=1), window)
+    mean_of_sizes = run("reference", batch, torch.cat([query_key, value.abs()], dim=1), window, causal=causal)
     assert got.isfinite().all()
     assert ((got - exact).abs() <= 2.02 * ROUNDING * mean_of_sizes + 1e-6).all()
 
 
 @attention
 @pytest.mark.parametrize("head_size", kernels.HEAD_SIZES)
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 0, 1, 8, 31, 64, 200, 300])
-def test_attention_agrees_with_float64(window: int | None, head_size: int) -> None:
-    assert_close_to_exact(*random_projection(LENGTHS, 3, head_size), window)
+def test_attention_agrees_with_float64(window: int | None, causal: bool, head_size: int) -> None:
+    assert_close_to_exact(*random_projection(LENGTHS, 3, head_size), window, causal)
 
 
 @attention
 @given(
     lengths=st.lists(st.integers(1, 330), min_size=1, max_size=5).map(tuple),
     window=st.one_of(st.none(), st.integers(0, 300)),
+    causal=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
-def test_attention_agrees_on_any_lengths(lengths: tuple[int, ...], window: int | None) -> None:
-    assert_close_to_exact(*random_projection(lengths, 1, 64), window)
+def test_attention_agrees_on_any_lengths(lengths: tuple[int, ...], window: int | None, causal: bool) -> None:
+    assert_close_to_exact(*random_projection(lengths, 1, 64), window, causal)
 
 
 @attention
@@ -238,11 +247,6 @@ def test_the_choice_says_why() -> None:
     name, reason = choose_backend("auto", device=cpu, dtype=torch.bfloat16, head_size=48)
     assert name == "blocks"
     assert "native: " in reason
-
-
-def test_with_a_gradient_pytorch_attends() -> None:
-    batch, qkv = random_projection((3, 4), 1, 64)
-    assert prepare("native", batch, Pattern(), dtype=qkv.dtype).backend == "blocks"
 
 
 def test_off_means_off() -> None:
