@@ -29,6 +29,7 @@ from jobs.tuning import (
     prompts_of,
 )
 from model.config import EncoderConfig
+from model.dense import load_dense
 from model.embedder import choose_dtype
 from model.encoder import Encoder
 from model.errors import InputError
@@ -209,7 +210,7 @@ def teacher_vectors(
     Raises:
         InputError: a teacher of another dimension, that is not to be rotated, or narrower.
     """
-    width, targets = folder.config.hidden_size, []
+    width, targets = folder.width, []
     for (name, source), examples in zip(configuration.data.items(), sources, strict=True):
         dim = examples.targets.shape[1] if source.task == "distillation" else width
         if dim != width and (dim < width or not configuration.distillation.rotate):
@@ -284,6 +285,7 @@ def make_model(
         vectors = VectorModel(
             load_encoder(folder, **options),
             pooling=configuration.model.pooling or folder.pooling,
+            dense=load_dense(folder.dense),
             temperature=contrastive.temperature,
             learn_temperature=contrastive.learn_temperature and "contrastive" in configuration.tasks,
         )

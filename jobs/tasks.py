@@ -180,8 +180,8 @@ class VectorTuning(Tuning):
 
     def judge(self, state: State, replicas: Replicas, step: ExampleBatch) -> list[float]:
         assert isinstance(state.model, VectorModel)
-        width, dtype = state.encoder.config.hidden_size, state.model.log_scale.dtype
-        vectors_ND = torch.zeros(len(step.example_N), width, dtype=dtype, device=replicas.device)
+        dtype = state.model.log_scale.dtype
+        vectors_ND = torch.zeros(len(step.example_N), state.model.width, dtype=dtype, device=replicas.device)
         for item in step.bins:
             some = vector_bin(item, replicas)
             vectors_ND[some.texts_R] = state.model(some.batch, some.starts_R, some.ends_R)
@@ -192,7 +192,7 @@ class VectorTuning(Tuning):
     def loss(self, step: ExampleBatch, replicas: Replicas) -> Loss:
         """The loss of the task that this batch's source is for."""
         mine = (replicas.rank, replicas.size)
-        dims, weights = dims_of(self.configuration, self.folder.config.hidden_size)
+        dims, weights = dims_of(self.configuration, self.folder.width)
         if self.configuration.tasks[step.source] == "contrastive":
             contrastive = self.configuration.contrastive
             roles = np.select([step.place_N == 0, step.place_N == 1], [QUERY, POSITIVE], NEGATIVE)
@@ -221,10 +221,12 @@ class VectorTuning(Tuning):
         return lambda vectors, scale: learn(vectors)
 
     def write(self, state: State, path: str | Path) -> Path:
+        assert isinstance(state.model, VectorModel)
         start, prompts = self.configuration.model, prompts_of(self.configuration, self.folder)
         default = self.folder.default_prompt_name
         told = {
             "pooling": start.pooling or self.folder.pooling,
+            "dense": list(state.model.dense),
             "normalize": start.normalize,
             "prompts": prompts,
             "default_prompt_name": default if default in prompts else None,

@@ -187,10 +187,8 @@ def check_settings(configuration: FinetuneConfiguration, folder: ModelFolder) ->
         raise InputError("distillation.distance_weight and neighbour_weight are both 0; nothing would be learned")
     if matryoshka.weights and len(matryoshka.weights) != len(matryoshka.dims):
         raise InputError(f"matryoshka: {len(matryoshka.dims)} dims have {len(matryoshka.weights)} weights")
-    if wrong := [dim for dim in matryoshka.dims if not 0 < dim <= folder.config.hidden_size]:
-        raise InputError(
-            f"matryoshka.dims has {wrong[0]}; the model's vectors have {folder.config.hidden_size} dimensions"
-        )
+    if wrong := [dim for dim in matryoshka.dims if not 0 < dim <= folder.width]:
+        raise InputError(f"matryoshka.dims has {wrong[0]}; the model's vectors have {folder.width} dimensions")
 
 
 def dims_of(configuration: FinetuneConfiguration, width: int) -> tuple[tuple[int, ...], tuple[float, ...]]:

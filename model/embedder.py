@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.batch import PackedBatch, pack
 from model.config import EncoderConfig
+from model.dense import load_dense
 from model.errors import InputError
 from model.folder import check_tokenizer, load_tokenizer, read_folder, tokenizer_hash, weights_hash
 from model.memory import fitting_tokens
@@ -90,7 +91,7 @@ class Embedder(Protocols):
                 module.to(self.dtype if is_product else torch.float32)
         self.tokens_per_batch = default_tokens(self.config, self.device, self.dtype)
         prepack(encoder, self.tokens_per_batch)
-        self.encoder = encoder
+        self.encoder, self.dense = encoder, load_dense(self.folder.dense)
         self.attention_name = encoder.attention
         self.pooling, self.normalize = self.folder.pooling, self.folder.normalize
         self.prompts, self.default_prompt_name = self.folder.prompts, self.folder.default_prompt_name
@@ -229,6 +230,7 @@ class Embedder(Protocols):
         sums_RD, weights_R = pool_segments(hidden_TD, starts, ends, self.pooling, batch.positions_T())
         return sums_RD.float().cpu().numpy(), weights_R.float().cpu().numpy()
 
+    @torch.inference_mode()
     def finish(
         self,
         sums_RD: np.ndarray,
@@ -237,8 +239,10 @@ class Embedder(Protocols):
         normalize: bool | None = None,
         truncate_dim: int | None = None,
     ) -> np.ndarray:
-        """Divide, keep the leading dimensions, normalise: (R, dim) float32."""
+        """Divide, go through Dense modules, keep the leading dimensions, normalise: (R, dim) float32."""
         vectors: Tensor = torch.from_numpy(sums_RD) / torch.from_numpy(weights_R)[:, None]
+        for module in self.dense:
+            vectors = module(vectors)
         vectors = vectors[:, : min(truncate_dim or self.dim, self.dim)]
         if self.normalize if normalize is None else normalize:
             vectors = normalize_rows(vectors)

@@ -36,6 +36,21 @@ POOLING_FLAGS = {
 }
 
 
+ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU")
+"""Of Dense modules."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLayer:
+    """What a folder says of a Dense module: a linear map of the pooled vector and an activation (`model.dense`)."""
+
+    file: Path
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: str
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
     """A model folder's description."""
@@ -47,6 +62,8 @@ class ModelFolder:
     pooling: str = "mean"
     include_prompt: bool = True
     """Whether the tokens of a prompt are pooled with the text's."""
+    dense: tuple[DenseLayer, ...] = ()
+    """What a pooled vector goes through, in this order, before it is cut and normalised."""
     normalize: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
@@ -59,14 +76,20 @@ class ModelFolder:
     """Whether the weights are those of `model.quantized`."""
 
     @property
+    def width(self) -> int:
+        """Length of a vector before it is cut."""
+        return self.dense[-1].out_features if self.dense else self.config.hidden_size
+
+    @property
     def dim(self) -> int:
         """Length of a vector."""
-        return min(self.truncate_dim or self.config.hidden_size, self.config.hidden_size)
+        return min(self.truncate_dim or self.width, self.width)
 
     def sentence_options(self) -> dict[str, Any]:
         """What `save_folder` must be told so that another folder makes vectors of sentences in the same way."""
         names = (
             "pooling",
+            "dense",
             "normalize",
             "prompts",
             "default_prompt_name",
@@ -142,9 +165,16 @@ def read_folder(folder_or_id: str | os.PathLike[str], *, causal: bool = False) -
             settings["include_prompt"] = bool(options.get("include_prompt", True))
         elif kind == "Normalize":
             settings["normalize"] = True
+        elif kind == "Dense":
+            if "pooling" not in settings or settings.get("normalize"):
+                raise InputError(f"{path}/modules.json has a Dense module elsewhere than between Pooling and Normalize")
+            before = settings.get("dense", ())
+            width = before[-1].out_features if before else config.hidden_size
+            settings["dense"] = (*before, _dense(path / module.get("path", ""), options, width))
         elif kind != "Transformer":
             raise InputError(
-                f"{path}/modules.json has a {kind or 'nameless'} module; supported are Transformer, Pooling, Normalize"
+                f"{path}/modules.json has a {kind or 'nameless'} module; supported are Transformer, Pooling, Dense, "
+                "Normalize"
             )
     st = read_json(path / "config_sentence_transformers.json", default={})
     settings["prompts"] = {k: v for k, v in (st.get("prompts") or {}).items() if isinstance(v, str)}
@@ -189,6 +219,28 @@ def _pooling(options: dict[str, Any], path: Path) -> str:
     return POOLING_NAMES[active[0]]
 
 
+def _dense(path: Path, options: dict[str, Any], width: int) -> DenseLayer:
+    """A Dense module's description.
+
+    Args:
+        width: of what comes before.
+    """
+    inner, outer = (options.get(name) for name in ("in_features", "out_features"))
+    if not (isinstance(inner, int) and isinstance(outer, int) and outer > 0):
+        raise InputError(f"{path}/config.json must say in_features and out_features; save the model again")
+    if inner != width:
+        raise InputError(f"{path} takes vectors of {inner} dimensions, and {width} come from the module before it")
+    activation = str(options.get("activation_function") or "Identity").rpartition(".")[2]
+    if activation not in ACTIVATIONS:
+        raise InputError(f"{path}: activation {activation} is not supported; known are {', '.join(ACTIVATIONS)}")
+    places = {options.get(name) or "sentence_embedding" for name in ("module_input_name", "module_output_name")}
+    if places != {"sentence_embedding"} or options.get("use_residual"):
+        raise InputError(f"{path}: a Dense module is supported from vector to vector, without a residual")
+    if not (path / SINGLE).is_file():
+        raise InputError(f"{path} has no weights: {SINGLE} is missing; convert the model to safetensors")
+    return DenseLayer(path / SINGLE, inner, outer, bool(options.get("bias", True)), activation)
+
+
 def _weight_files(path: Path, single: str) -> tuple[Path, ...]:
     if (path / single).is_file():
         return (path / single,)
@@ -225,6 +277,10 @@ def read_json(path: Path, default: Any = None) -> Any:
     if not isinstance(value, kind):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, expected a {kind.__name__}")
     return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer":
@@ -269,6 +325,9 @@ def weights_hash(path: str | os.PathLike[str]) -> str:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
+    for layer in folder.dense:
+        digest.update(f"{layer.in_features} {layer.out_features} {layer.bias} {layer.activation}".encode())
+        digest.update(layer.file.read_bytes())
     shape = {k: v for k, v in folder.config.to_hf().items() if k not in folder.config.extra}
     digest.update(json.dumps(shape, sort_keys=True).encode())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import PackedBatch
+from model.dense import Dense
 from model.encoder import Encoder
 from model.pooling import pool_segments
 
@@ -42,22 +43,33 @@ class VectorModel(nn.Module):
 
     Args:
         pooling: as in `model.pooling`.
+        dense: what a pooled vector goes through; trained with the encoder.
         temperature: one over the scale at the start.
         learn_temperature: whether the scale is a parameter; it stays with the training, not with the saved model.
     """
 
     def __init__(
-        self, encoder: Encoder, *, pooling: str = "mean", temperature: float = 0.05, learn_temperature: bool = False
+        self,
+        encoder: Encoder,
+        *,
+        pooling: str = "mean",
+        dense: Sequence[Dense] = (),
+        temperature: float = 0.05,
+        learn_temperature: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.pooling = encoder, pooling
+        self.encoder, self.pooling, self.dense = encoder, pooling, nn.ModuleList(dense)
+        self.width = dense[-1].linear.out_features if dense else encoder.config.hidden_size
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]), requires_grad=learn_temperature)
 
     def forward(self, batch: PackedBatch, starts_R: Tensor, ends_R: Tensor) -> Tensor:
         """Vectors (R, D) of ranges of tokens, not normalised."""
         positions_T = batch.positions_T() if self.pooling == "weighted_mean" else None
         sums_RD, weights_R = pool_segments(self.encoder(batch), starts_R, ends_R, self.pooling, positions_T)
-        return sums_RD / weights_R[:, None]
+        vectors_RD = sums_RD / weights_R[:, None]
+        for module in self.dense:
+            vectors_RD = module(vectors_RD)
+        return vectors_RD
 
     def scale(self) -> Tensor:
         return self.log_scale.exp().clamp(max=LARGEST_SCALE)
@@ -92,10 +104,9 @@ def learn_from_vectors(
         The loss and what `loss` reports, this worker's parts.
     """
     cached = cached and len(bins) > 1
-    width = model.encoder.config.hidden_size
     graphs: list[Tensor] = []
     dtype = torch.promote_types(model.log_scale.dtype, torch.float32)
-    vectors_ND = torch.zeros(num_texts, width, dtype=dtype, device=model.log_scale.device)
+    vectors_ND = torch.zeros(num_texts, model.width, dtype=dtype, device=model.log_scale.device)
     for number, item in enumerate(bins):
         with torch.set_grad_enabled(not cached), accumulating(not cached and number == len(bins) - 1):
             vectors_RD = (model if cached else module)(item.batch, item.starts_R, item.ends_R)

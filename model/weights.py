@@ -4,10 +4,10 @@ Parameter names are Hugging Face's already; all that differs is the `model.` pre
 head.
 """
 
-import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from model.attention import choose_backend
 from model.config import EncoderConfig
 from model.decoder import CausalLanguageModel, Decoder
+from model.dense import Dense, load_dense, save_dense
 from model.encoder import Encoder
 from model.errors import InputError
-from model.folder import INT8, INT8_FILE, POOLING_NAMES, SINGLE, ModelFolder, read_json
+from model.folder import INT8, INT8_FILE, POOLING_NAMES, SINGLE, DenseLayer, ModelFolder, read_json, write_json
 from model.heads import HEADS, Headed, MaskedLanguageModel
 from model.quantized import QuantizedEmbedding, quantize
 
@@ -146,6 +147,7 @@ def save_folder(
     *,
     tokenizer_from: str | os.PathLike[str] | None = None,
     pooling: str | None = None,
+    dense: Sequence[DenseLayer | Dense] = (),
     normalize: bool = True,
     prompts: dict[str, str] | None = None,
     default_prompt_name: str | None = None,
@@ -164,6 +166,7 @@ def save_folder(
         tokenizer_from: a folder whose tokenizer files are copied.
         pooling: one of "mean", "cls", "last", "weighted_mean": writes the sentence-transformers files too, and what
             follows into them. `ModelFolder.sentence_options` gives all of it as another folder has it.
+        dense: modules after the pooling, of another folder or of this process.
         max_tokens: beyond which texts are cut, said by the tokenizer files too; None is the configuration's.
         dtype: of the saved tensors; None keeps theirs.
     """
@@ -185,7 +188,7 @@ def save_folder(
         staging.chmod(0o755)
         save_file(tensors, staging / file, metadata={"format": "pt"})
         (staging / file).chmod(0o644)  # safetensors writes it for its owner alone
-        _write_json(staging / "config.json", config)
+        write_json(staging / "config.json", config)
         if tokenizer_from is not None:
             _copy_tokenizer(Path(tokenizer_from), staging, max_tokens or encoder.config.max_tokens)
         if pooling is not None:
@@ -194,8 +197,12 @@ def save_folder(
                 "default_prompt_name": default_prompt_name,
                 "similarity_fn_name": similarity_fn_name,
             } | ({"truncate_dim": truncate_dim} if truncate_dim else {})
+            places = [f"2_Dense{number or ''}" for number in range(len(dense))]
+            for place, layer in zip(places, dense, strict=True):
+                loaded = load_dense([layer], None)[0] if isinstance(layer, DenseLayer) else layer
+                save_dense(loaded, staging / place, dtype)
             _write_sentence_transformers(
-                staging, encoder.config, pooling, normalize, include_prompt, max_tokens, settings
+                staging, encoder.config, pooling, places, normalize, include_prompt, max_tokens, settings
             )
         if path.exists():
             shutil.rmtree(path)
@@ -213,13 +220,14 @@ def _copy_tokenizer(source: Path, target: Path, max_tokens: int) -> None:
     # The limit is that of the model which the tokenizer was made for.
     settings = read_json(target / "tokenizer_config.json", default={})
     if settings and settings.get("model_max_length") != max_tokens:
-        _write_json(target / "tokenizer_config.json", settings | {"model_max_length": max_tokens})
+        write_json(target / "tokenizer_config.json", settings | {"model_max_length": max_tokens})
 
 
 def _write_sentence_transformers(
     path: Path,
     config: EncoderConfig,
     pooling: str,
+    dense: Sequence[str],
     normalize: bool,
     include_prompt: bool,
     max_tokens: int | None,
@@ -228,8 +236,10 @@ def _write_sentence_transformers(
     """The files of sentence-transformers 3 to 6, in the spelling that all of them read."""
     theirs = {ours: name for name, ours in POOLING_NAMES.items()}[pooling]
     flags = {"cls": "cls_token", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] if normalize else [])
-    _write_json(
+    last = f"{3 if dense else 2}_Normalize"
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *((place, "Dense") for place in dense)]
+    modules += [(last, "Normalize")] if normalize else []
+    write_json(
         path / "modules.json",
         [
             {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
@@ -237,19 +247,15 @@ def _write_sentence_transformers(
         ],
     )
     (path / "1_Pooling").mkdir()
-    _write_json(
+    write_json(
         path / "1_Pooling" / "config.json",
         {"word_embedding_dimension": config.hidden_size, "include_prompt": include_prompt}
         | {f"pooling_mode_{flag}": name == theirs for name, flag in flags.items()},
     )
     if normalize:
-        (path / "2_Normalize").mkdir()
-        _write_json(path / "2_Normalize" / "config.json", {})
-    _write_json(
+        (path / last).mkdir()
+        write_json(path / last / "config.json", {})
+    write_json(
         path / "sentence_bert_config.json", {"max_seq_length": max_tokens or config.max_tokens, "do_lower_case": False}
     )
-    _write_json(path / "config_sentence_transformers.json", settings)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(path / "config_sentence_transformers.json", settings)

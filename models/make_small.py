@@ -3,13 +3,12 @@
     python -m models.make_small tokenizer SECTIONS.parquet FIRST_MODEL TOKENIZER
     python -m models.make_small start FIRST_MODEL TOKENIZER UNITS.npz START
     python -m models.make_small tune START TOKENIZER UNITS.npz OUT --steps N [--near 0.6] [--teacher FOLDER]
-    python -m models.make_small average ONE_MODEL OTHER_MODEL OUT
 
 SECTIONS comes from corpus/structure.py, UNITS from corpus/pairs.py. `start` makes the first model wider: what it
 had learned keeps its 256 dimensions, and 128 new ones hold words, from a table trained alone as a bag of tokens, which
 costs a thousandth of what training layers does. `tune` trains everything on pairs, a share of them hard to tell apart,
-and of general prose a teacher says how alike questions and passages are; a run that was killed goes on. `average`
-takes the mean of two models of which one was trained out of the other: often better at everything than either.
+and of general prose a teacher says how alike questions and passages are; a run that was killed goes on. It goes
+through a Dense module where START has one. What is done to a model without training it is in models/finish.py.
 """
 
 import argparse
@@ -33,6 +32,7 @@ from torch import Tensor
 from corpus.pairs import PROSE, Pairs
 from model import Embedder
 from model.batch import pack
+from model.dense import Dense
 from model.encoder import Encoder, init_weights
 from model.pooling import normalize, pool
 from model.weights import save_folder
@@ -108,11 +108,11 @@ def moved_embedding(old: Tensor, before: Tokenizer, after: Tokenizer) -> Tensor:
     return new
 
 
-def bags(sequences: Sequence[np.ndarray], table_VD: Tensor) -> Tensor:
+def bags(sequences: Sequence[np.ndarray], table_VD: Tensor, dense: Sequence[Dense] = ()) -> Tensor:
     """Mean of the table's rows for each sequence, unit length."""
     tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
     offsets = torch.from_numpy(np.cumsum([0, *map(len, sequences[:-1])]))
-    return normalize(F.embedding_bag(tokens, table_VD, offsets, mode="mean"))
+    return normalize(through(dense, F.embedding_bag(tokens, table_VD, offsets, mode="mean")))
 
 
 def contrast(questions_BD: Tensor, passages_BD: Tensor) -> tuple[Tensor, float]:
@@ -241,13 +241,25 @@ def start(first: str, tokenizer_folder: str, units: str, out: str, *, steps: int
     save(encoder, out, tokenizer_folder)
 
 
-def save(encoder: Encoder, out: str, tokenizer_folder: str, dtype: torch.dtype = torch.float32) -> None:
-    save_folder(encoder, out, tokenizer_from=tokenizer_folder, pooling="mean", normalize=True, dtype=dtype)
+def save(
+    encoder: Encoder,
+    out: str,
+    tokenizer_folder: str,
+    dtype: torch.dtype = torch.float32,
+    dense: Sequence[Dense] = (),
+) -> None:
+    save_folder(encoder, out, tokenizer_from=tokenizer_folder, pooling="mean", dense=dense, normalize=True, dtype=dtype)
 
 
-def encode(encoder: Encoder, sequences: Sequence[np.ndarray]) -> Tensor:
+def encode(encoder: Encoder, sequences: Sequence[np.ndarray], dense: Sequence[Dense] = ()) -> Tensor:
     batch = pack(sequences)
-    return normalize(pool(encoder(batch), batch.cu_seqlens, "mean"))
+    return normalize(through(dense, pool(encoder(batch), batch.cu_seqlens, "mean")))
+
+
+def through(dense: Sequence[Dense], vectors_RD: Tensor) -> Tensor:
+    for module in dense:
+        vectors_RD = module(vectors_RD)
+    return vectors_RD
 
 
 def tune(
@@ -280,9 +292,11 @@ def tune(
         teacher: folder of a sentence-transformers model that says how alike questions and passages of prose are.
         seed: another one draws other pairs.
     """
-    pairs, config = Pairs(units, tokenizer_folder), Embedder(begin, dtype="float32").encoder.config
-    encoder = Encoder(config, dtype=torch.bfloat16)
-    encoder.load_state_dict(Embedder(begin, dtype="float32").encoder.state_dict())
+    pairs, model = Pairs(units, tokenizer_folder), Embedder(begin, dtype="float32")
+    encoder, dense = Encoder(model.config, dtype=torch.bfloat16), model.dense
+    encoder.load_state_dict(model.encoder.state_dict())
+    for module in dense:
+        module.requires_grad_(False)
     taught_by = Teacher(teacher, tokenizer_folder) if teacher else None
     embedding = encoder.embeddings.tok_embeddings.weight
     others = [p for p in encoder.parameters() if p is not embedding]
@@ -306,7 +320,9 @@ def tune(
             bag_optimizer.param_groups[0]["lr"] = rate / 2 * factor
             questions, passages, _ = pairs.batch(seed + 3, step * bag_steps + bag_step, STATIC_BATCH * 3 // 4)
             table_VD = table_of(encoder)
-            loss, in_bags = contrast(bags(with_ends(questions), table_VD), bags(with_ends(passages), table_VD))
+            loss, in_bags = contrast(
+                bags(with_ends(questions), table_VD, dense), bags(with_ends(passages), table_VD, dense)
+            )
             bag_optimizer.zero_grad()
             loss.backward()
             bag_optimizer.step()
@@ -314,7 +330,7 @@ def tune(
         draw = np.random.default_rng((seed + 4, step)).random()
         num, limit = (size, 128) if draw < 0.75 else (size // 4, 640) if draw < 0.92 else (8, 2048)
         questions, passages, sources = pairs.batch(seed + 2, step, num, limit, near=near)
-        vectors_RD = encode(encoder, with_ends(questions + passages))
+        vectors_RD = encode(encoder, with_ends(questions + passages), dense)
         loss, found = contrast(vectors_RD[:num], vectors_RD[num:])
         prose = [i for i in range(num) if sources[i] in PROSE]
         if taught_by and limit <= TAUGHT_TOKENS and len(prose) > 1:
@@ -341,21 +357,13 @@ def tune(
         if step + 1 == stop_after:
             return
     encoder.load_state_dict(average)
-    save(encoder, out, tokenizer_folder, torch.float16)
-
-
-def average(one: str, other: str, out: str) -> None:
-    """The mean of the weights of two models of one shape, with the tokenizer of the first."""
-    encoder, second = (Embedder(folder, dtype="float32").encoder for folder in (one, other))
-    for name, tensor in second.state_dict().items():
-        encoder.state_dict()[name].lerp_(tensor, 0.5)
-    save(encoder, out, one, torch.float16)
+    save(encoder, out, tokenizer_folder, torch.float16, dense)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, num_paths in (("tokenizer", 3), ("start", 4), ("average", 3), ("tune", 4)):
+    for name, num_paths in (("tokenizer", 3), ("start", 4), ("tune", 4)):
         command = commands.add_parser(name)
         command.add_argument("paths", nargs=num_paths, help="in the order that stands above")
     command.add_argument("--steps", type=int, required=True)
@@ -367,8 +375,6 @@ def main() -> None:
         make_tokenizer(*options.paths)
     elif options.command == "start":
         start(*options.paths)
-    elif options.command == "average":
-        average(*options.paths)
     else:
         tune(*options.paths, steps=options.steps, near=options.near, teacher=options.teacher, seed=options.seed)
 

@@ -22,10 +22,11 @@ from jobs.training import Signals
 from jobs.tuning import FinetuneConfiguration
 from model import Embedder
 from model.batch import pack
+from model.dense import Dense, load_dense
 from model.errors import InputError
 from model.folder import load_tokenizer, read_folder
 from model.heads import SequenceClassifier, TokenClassifier
-from model.weights import load_model
+from model.weights import load_encoder, load_model, save_folder
 
 SUBJECTS = ["fox", "dog", "night", "crash", "vector", "window", "token", "cluster"]
 WORDS = ["lazy", "quick", "long", "every", "each", "three", "sixty", "small"]
@@ -124,6 +125,25 @@ def test_pairs_bring_answers_nearer(tiny_model_folder: Path, tmp_path: Path) -> 
     assert read_folder(folder).prompts == {"query": "query: ", "document": ""}
     before = Embedder(tiny_model_folder, dtype="float32").encode(texts, prompt_name="query")
     assert np.abs(ours - before).max() > 0.01
+
+
+@pytest.mark.parametrize("task", ["contrastive", "distillation"])
+def test_dense_modules_are_trained_and_written(task: str, tiny_model_folder: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    said = read_folder(tiny_model_folder)
+    options = said.sentence_options() | {"dense": [Dense(64, 24)]}
+    start = save_folder(load_encoder(said), tmp_path / "start", tokenizer_from=tiny_model_folder, **options)
+    rows = write_rows(tmp_path, task, 60)
+    sets = ("schedule.steps=3", "schedule.grad_cache=true", "distillation.rotate=true")
+    train(configuration(start, tmp_path / "run", {task: rows}, *sets))
+    before, after = (load_dense(read_folder(folder).dense)[0].linear for folder in (start, tmp_path / "run" / "model"))
+    assert not torch.equal(before.weight, after.weight)
+    texts = [text for _, text in sentences(12, seed=3)]
+    theirs = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu").encode(texts)
+    ours = Embedder(tmp_path / "run" / "model", dtype="float32").encode(texts)
+    assert ours.shape == (12, 24)
+    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
 
 
 def test_a_teacher_is_followed(tiny_model_folder: Path, tmp_path: Path) -> None:

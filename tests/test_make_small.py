@@ -16,7 +16,8 @@ from model.batch import pack
 from model.config import EncoderConfig
 from model.encoder import Encoder, init_weights
 from model.pooling import normalize
-from models.make_small import average, make_tokenizer, moved_embedding, save, soft_contrast, tune, widen, word_table
+from models.finish import average, whiten
+from models.make_small import make_tokenizer, moved_embedding, save, soft_contrast, tune, widen, word_table
 
 SHAPE = EncoderConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_tokens=512)
 
@@ -114,6 +115,22 @@ def test_a_tuning_that_was_cut_in_two_ends_the_same(units: str, tiny_tokenizer_f
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     begin = Embedder(tmp_path / "start").encoder.state_dict()
     assert not torch.equal(whole["layers.1.mlp.Wo.weight"].float(), begin["layers.1.mlp.Wo.weight"].float())
+
+
+def test_a_tuning_goes_through_a_dense_module_and_leaves_it(
+    units: str, tiny_tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = str(tiny_tokenizer_folder)
+    save(encoder_of(SHAPE), str(tmp_path / "plain"), tokenizer)
+    whiten(str(tmp_path / "plain"), tokenizer, units, str(tmp_path / "white"))
+    plain, white = (Embedder(tmp_path / name, dtype="float32") for name in ("plain", "white"))
+    texts = ["the foda", "some words of no kind", "quila detre", "ni ni ni"]
+    before, after = plain.encode(texts), white.encode(texts)
+    assert abs(before @ before.T - after @ after.T).max() > 0.01
+    tune(str(tmp_path / "white"), tokenizer, units, str(tmp_path / "tuned"), steps=2, size=8, bag_steps=1)
+    tuned = Embedder(tmp_path / "tuned", dtype="float32")
+    assert torch.equal(tuned.dense[0].linear.weight, white.dense[0].linear.weight)
+    assert not torch.equal(tuned.encoder.layers[0].mlp.Wo.weight, white.encoder.layers[0].mlp.Wo.weight)
 
 
 def test_an_average_lies_between(tiny_tokenizer_folder: Path, tmp_path: Path) -> None:

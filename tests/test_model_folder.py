@@ -141,10 +141,20 @@ def pooling(**options: Any) -> Callable[[Path], None]:
     return lambda folder: rewrite(folder / "1_Pooling" / "config.json", **options)
 
 
-def dense(folder: Path) -> None:
-    modules = json.loads((folder / "modules.json").read_text())
-    modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
-    (folder / "modules.json").write_text(json.dumps(modules))
+def module(kind: str, place: int = 2, weights: bool = True, **options: Any) -> Callable[[Path], None]:
+    """One more module, by default between Pooling and Normalize."""
+
+    def spoil(folder: Path) -> None:
+        modules = json.loads((folder / "modules.json").read_text())
+        modules.insert(place, {"name": kind, "path": f"9_{kind}", "type": f"sentence_transformers.models.{kind}"})
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / f"9_{kind}").mkdir()
+        said = {"in_features": 64, "out_features": 8, "activation_function": "torch.nn.modules.linear.Identity"}
+        (folder / f"9_{kind}" / "config.json").write_text(json.dumps(said | options))
+        if weights:
+            (folder / f"9_{kind}" / "model.safetensors").write_bytes(b"")
+
+    return spoil
 
 
 def write(name: str, text: str) -> Callable[[Path], None]:
@@ -170,7 +180,18 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "max pooling": (pooling(pooling_mode_mean_tokens=False, pooling_mode_max_tokens=True), "pooling max is not"),
     "two poolings": (pooling(pooling_mode_cls_token=True), r"pooling cls\+mean is not supported"),
     "unknown pooling": (pooling(pooling_mode="attention"), "pooling attention is not supported"),
-    "dense module": (dense, "has a Dense module; supported are Transformer, Pooling, Normalize"),
+    "another module": (module("LSTM"), "has a LSTM module; supported are Transformer, Pooling, Dense, Normalize"),
+    "dense after all": (module("Dense", 3), "a Dense module elsewhere than between Pooling and Normalize"),
+    "dense before pooling": (module("Dense", 1), "a Dense module elsewhere than between Pooling and Normalize"),
+    "dense of another width": (module("Dense", in_features=65), "takes vectors of 65 dimensions, and 64 come from"),
+    "dense without sizes": (module("Dense", out_features=None), "must say in_features and out_features"),
+    "unknown activation": (
+        module("Dense", activation_function="torch.nn.modules.activation.Softsign"),
+        "activation Softsign is not supported; known are Identity, Tanh, ReLU, GELU",
+    ),
+    "dense residual": (module("Dense", use_residual=True), "from vector to vector, without a residual"),
+    "dense of tokens": (module("Dense", module_input_name="token_embeddings"), "from vector to vector"),
+    "dense without weights": (module("Dense", weights=False), "has no weights: model.safetensors is missing"),
 }
 
 

@@ -199,9 +199,9 @@ def test_what_a_folder_says_of_sentences_goes_on(tmp_path: Path, tiny_tokenizer_
     told |= {"include_prompt": False, "max_tokens": 77, "truncate_dim": 16, "similarity_fn_name": "dot"}
     first = save_folder(randomise(Encoder(shape())), tmp_path / "a", tokenizer_from=tiny_tokenizer_folder, **told)
     options = read_folder(first).sentence_options()
-    assert options == told
+    assert options == told | {"dense": ()}
     second = save_folder(load_encoder(read_folder(first)), tmp_path / "b", tokenizer_from=first, **options)
-    assert read_folder(second).sentence_options() == told
+    assert read_folder(second).sentence_options() == options
     np.testing.assert_array_equal(Embedder(second).encode(TEXTS), Embedder(first).encode(TEXTS))
 
 
