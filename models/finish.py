@@ -4,11 +4,11 @@
     python -m models.finish whiten MODEL TOKENIZER UNITS.npz OUT [--power 0.3]
 
 `average` takes the mean of two models of which one was trained out of the other: often better at everything than both.
-`whiten` evens out the directions that vectors spread in, part of the way to white, with a Dense module. Vectors of
-contrastive models lie mostly in a few directions (here the largest eigenvalue of the covariance is 13 times
-the mean one), and cosines say mostly what all texts of a kind have in common. Dividing by a power of the covariance
-lets the others speak (whitening: arXiv 2103.15316 and 2104.01767, there all the way). MODEL is a folder that
-models/make_small.py wrote, UNITS come from corpus/pairs.py. OUT has the same encoder.
+`whiten` evens out the directions that vectors spread in, part of the way to white, and puts the strongest first, with a
+Dense module. Vectors of contrastive models lie mostly in a few directions (here the largest eigenvalue of the
+covariance is 13 times the mean one), and cosines say mostly what all texts of a kind have in common; dividing by a power
+of the covariance lets the others speak (whitening: arXiv 2103.15316 and 2104.01767, there all the way). MODEL is a
+folder that models/make_small.py wrote, UNITS come from corpus/pairs.py. OUT has the same encoder.
 """
 
 import argparse
@@ -43,11 +43,17 @@ def vectors_of(model: str, tokenizer_folder: str, units: str, *, batches: int = 
 
 
 def whitening(vectors_RD: Tensor, power: float) -> Tensor:
-    """C^-power, (D, D), symmetric; C is the covariance. Scaled so that a vector keeps its length in the mean."""
+    """What vectors are multiplied by, (D, D): C^-power, C their covariance, then a rotation to the directions that hold
+    most of their energy, the first most of all, so that the first dimensions alone are worth most (Matryoshka).
+
+    Scaled so that a vector keeps its length in the mean.
+    """
     spread_D, directions_DD = torch.linalg.eigh(torch.cov(vectors_RD.double().T))
     gains_D = (spread_D.clamp(min=0) + LEAST * spread_D.mean()) ** -power
     weight_DD = directions_DD * gains_D @ directions_DD.T
-    return (weight_DD / (vectors_RD.double() @ weight_DD).norm(dim=1).mean()).float()
+    even_RD = vectors_RD.double() @ weight_DD
+    _, order_DD = torch.linalg.eigh(even_RD.T @ even_RD)
+    return (weight_DD @ order_DD.flip(1) / even_RD.norm(dim=1).mean()).float()
 
 
 def whiten(model: str, tokenizer_folder: str, units: str, out: str, power: float = POWER) -> None:
@@ -55,7 +61,7 @@ def whiten(model: str, tokenizer_folder: str, units: str, out: str, power: float
     weight_DD = whitening(vectors_of(model, tokenizer_folder, units), power)
     dense = Dense(*weight_DD.shape, bias=False)
     with torch.no_grad():
-        dense.linear.weight.copy_(weight_DD)
+        dense.linear.weight.copy_(weight_DD.T)
     save(Embedder(model, dtype="float32").encoder, out, tokenizer_folder, torch.float16, [dense])
 
 
