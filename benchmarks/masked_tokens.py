@@ -1,6 +1,6 @@
 """What does a trained model know about masked tokens, beside counts of words?
 
-    python -m benchmarks.masked_tokens TOKENS [--model NAME=FOLDER ...] [--max-tokens 512 4096] [--rate 0.2] [--bins 64]
+    python -m benchmarks.masked_tokens TOKENS [--model NAME=FOLDER ...] [--max-tokens 512 4096] [--rate 0.2]
 
 TOKENS is what `nightloom prepare` wrote. Every model is asked for the same held-out masked tokens, whatever the length
 that documents are cut to: masks follow the place in the document. Beside it, from the training share: unigrams, an

@@ -6,8 +6,8 @@
 `average` takes the mean of two models of which one was trained out of the other: often better at everything than both.
 
 `whiten` evens out the directions that vectors spread in, part of the way to white, and puts the strongest first, by a
-Dense module. Vectors of contrastive models lie mostly in a few directions (here the largest eigenvalue of the covariance
-is 13 times the mean one), and cosines say mostly what all texts of a kind have in common; dividing by a power of it lets
+Dense module. Vectors of contrastive models lie mostly in a few directions (here the covariance's largest eigenvalue is
+13 times the mean one), and cosines say mostly what all texts of a kind have in common; dividing by a power of it lets
 the others speak (whitening: arXiv 2103.15316 and 2104.01767, there all the way). MODEL is a folder that
 models/make_small.py wrote, UNITS come from corpus/pairs.py. OUT has the same encoder.
 """
