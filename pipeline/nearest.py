@@ -30,18 +30,16 @@ def search(dataset: lance.LanceDataset, question: np.ndarray, k: int, also: Sequ
     vectors = {"vector", *map(also_column, also)}
     columns = [name for name in schema.names if name not in vectors]
     kind = schema.field("vector").type.value_type
-    if also:
-        batches = dataset.to_batches(columns=[also_column(also[-1])])
-        places = chosen(batches, question, RESCORED[also[-1]] * k)
-        rows = dataset.take(places.tolist(), columns=[*columns, "vector"])
-        found = nearest(rows.schema, rows.to_batches(), columns, question, k)
-    elif pa.types.is_floating(kind):
+    if pa.types.is_floating(kind) and not also:
         query = {"column": "vector", "q": question.astype(kind.to_pandas_dtype()), "k": k, "metric": "cosine"}
         found = dataset.scanner(columns=[*columns, "_distance"], nearest=query | {"use_index": False}).to_table()
         scores = np.clip(1 - found["_distance"].to_numpy(), -1, 1)
         found = found.drop_columns("_distance").append_column("score", pa.array(scores, pa.float32()))
     else:  # Lance compares floats only
-        found = nearest(schema, dataset.to_batches(columns=[*columns, "vector"]), columns, question, k)
+        form = also[-1] if also else "bits" if pa.types.is_uint8(kind) else "int8"
+        batches = dataset.to_batches(columns=[also_column(form) if also else "vector"])
+        places = chosen(batches, question, RESCORED[form] * k)
+        found = ranked(dataset.take(places.tolist(), columns=[*columns, "vector"]), question, k)
     return found.sort_by([("score", "descending"), ("document_id", "ascending"), ("chunk", "ascending")])
 
 
@@ -58,24 +56,15 @@ def chosen(batches: Iterable[pa.RecordBatch], question: np.ndarray, count: int) 
     return np.sort(places)
 
 
-def nearest(
-    schema: pa.Schema, batches: Iterable[pa.RecordBatch], columns: Sequence[str], question: np.ndarray, k: int
-) -> pa.Table:
-    """The `k` rows with the highest cosine to a question, every row compared: `columns`, and the cosine as `score`.
+def ranked(rows: pa.Table, question: np.ndarray, k: int) -> pa.Table:
+    """The `k` of some rows with the highest cosine to a question, as `score` in place of `vector`.
 
-    Of bits, rows are first chosen by the number of bits that differ from the question's; `score` is the cosine of the
-    question itself, not of its bits, with the row's signs.
+    Of bits, it is the cosine of the question itself, not of its bits, with the row's signs.
     """
-    unit, bits = prepared(question)
-    is_bits = pa.types.is_uint8(schema.field("vector").type.value_type)
-    keep = RESCORED["bits"] * k if is_bits else k
-    best = schema.empty_table().select([*columns, "vector"]).append_column("rough", pa.array([], pa.float32()))
-    for batch in batches:
-        part = pa.Table.from_batches([batch])
-        part = part.append_column("rough", pa.array(roughly(part["vector"].combine_chunks(), unit, bits)))
-        best = pa.concat_tables([best, part]).sort_by([("rough", "descending")])[:keep]
-    scores = cosines(as_array(best["vector"]), unit)
-    return best.select(columns).append_column("score", pa.array(scores)).sort_by([("score", "descending")])[:k]
+    unit, _ = prepared(question)
+    scores = cosines(as_array(rows["vector"].combine_chunks()), unit)
+    rows = rows.drop_columns("vector").append_column("score", pa.array(scores, pa.float32()))
+    return rows.sort_by([("score", "descending")])[:k]
 
 
 def prepared(question: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,14 +10,20 @@ from test_pipeline_table import RECIPE, rows
 from test_pipeline_vectors import units
 
 from pipeline.keys import Keys, hash_ids
-from pipeline.nearest import RESCORED, chosen, cosines, nearest
+from pipeline.nearest import RESCORED, chosen, cosines, ranked
 from pipeline.table import EmbeddingTable, write_fragment
 from pipeline.vectors import TYPES, vector_array
 
 
-def batches_of(vectors: np.ndarray, vector_type: str, size: int = 100) -> tuple[pa.Schema, list[pa.RecordBatch]]:
-    table = pa.table({"id": np.arange(len(vectors)), "vector": vector_array(vectors, vector_type)})
-    return table.schema, table.to_batches(max_chunksize=size)
+def table_of(vectors: np.ndarray, vector_type: str) -> pa.Table:
+    return pa.table({"id": np.arange(len(vectors)), "vector": vector_array(vectors, vector_type)})
+
+
+def nearest(vectors: np.ndarray, form: str, question: np.ndarray, k: int, size: int = 100) -> pa.Table:
+    """The two steps of a search, over batches of `size` rows."""
+    table = table_of(vectors, form)
+    batches = table.select(["vector"]).to_batches(max_chunksize=size)
+    return ranked(table.take(chosen(batches, question, RESCORED.get(form, 1) * k)), question, k)
 
 
 def test_bits_are_rescored_by_the_question_itself() -> None:
@@ -26,13 +32,13 @@ def test_bits_are_rescored_by_the_question_itself() -> None:
     differing = ((rows > 0) != (question > 0)).sum(axis=1)
     scores = cosines(np.where(rows > 0, 1, -1), question / np.linalg.norm(question))
     for size in (1, 37, 500):
-        found = nearest(*batches_of(rows, "bits", size), ["id"], question, 5)
+        found = nearest(rows, "bits", question, 5, size)
         ids = found["id"].to_numpy()
         assert len(ids) == 5
         assert differing[ids].max() <= np.sort(differing)[5 * RESCORED["bits"]]
         assert np.allclose(found["score"].to_numpy(), scores[ids], atol=1e-6)
         assert np.allclose(np.sort(found["score"].to_numpy())[::-1], found["score"].to_numpy())
-    assert nearest(*batches_of(rows, "bits"), ["id"], question, 500)["id"].to_numpy()[0] == scores.argmax()
+    assert nearest(rows, "bits", question, 500)["id"].to_numpy()[0] == scores.argmax()
 
 
 def test_rescoring_beats_bits_alone() -> None:
@@ -44,7 +50,7 @@ def test_rescoring_beats_bits_alone() -> None:
     for i in range(0, 1_000, 20):
         question = rows[i] + 0.03 * rng.normal(size=128).astype(np.float32)
         exact = set(np.argsort(-(rows @ question))[:10].tolist())
-        found = nearest(*batches_of(rows, "bits"), ["id"], question, 10)["id"].to_pylist()
+        found = nearest(rows, "bits", question, 10)["id"].to_pylist()
         differing = ((rows > 0) != (question > 0)).sum(axis=1)
         hits["rescored"] += len(exact & set(found))
         hits["bits"] += len(exact & set(np.argsort(differing, kind="stable")[:10].tolist()))
@@ -53,8 +59,9 @@ def test_rescoring_beats_bits_alone() -> None:
 
 @pytest.mark.parametrize("vector_type", list(TYPES))
 def test_nothing_is_found_in_nothing(vector_type: str) -> None:
-    schema, _ = batches_of(units(2, 16), vector_type)
-    assert len(nearest(schema, [], ["id"], units(1, 16)[0], 3)) == 0
+    question = units(1, 16)[0]
+    assert len(chosen([], question, 3)) == 0
+    assert len(nearest(units(2, 16)[:0], vector_type, question, 3)) == 0
 
 
 @pytest.mark.parametrize("form", ["int8", "bits"])
@@ -62,8 +69,8 @@ def test_the_cheaper_form_chooses_whatever_the_batches(form: str) -> None:
     vectors, question = units(300, 32), 5 * units(1, 32, seed=4)[0]
     found = []
     for size in (1, 41, 300):
-        _, batches = batches_of(vectors, form, size)
-        found.append(chosen((batch.select(["vector"]) for batch in batches), question, 20).tolist())
+        batches = table_of(vectors, form).select(["vector"]).to_batches(max_chunksize=size)
+        found.append(chosen(batches, question, 20).tolist())
     assert found[0] == found[1] == found[2] == sorted(found[0])
     assert len(found[0]) == 20
     exact = np.argsort(-(vectors @ question))
