@@ -135,7 +135,7 @@ def open_model(model: str, *, device: str = "auto", dtype: str = "auto", chunk_t
 @contextmanager
 def random_twin(model: str, *, seed: int = 0) -> Iterator[str]:
     """A folder with the same architecture, tokenizer and pooling and with random weights, for as long as the block
-    lasts: what tokenizer and shape do alone.
+    lasts: what tokenizer and shape do alone. Dense modules are left out: those were made for the trained weights.
     """
     folder = read_folder(local_model(model))
     encoder = Encoder(folder.config)
@@ -146,7 +146,7 @@ def random_twin(model: str, *, seed: int = 0) -> Iterator[str]:
                 encoder,
                 Path(place) / "model",
                 tokenizer_from=folder.path,
-                **folder.sentence_options(),
+                **folder.sentence_options() | {"dense": ()},
             )
         )
 

@@ -98,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = read_folder(SMALL)
     path = tmp_path_factory.mktemp("int8") / "model"
     encoder = quantize(load_encoder(plain))
-    return save_folder(encoder, path, tokenizer_from=SMALL, pooling=plain.pooling, normalize=plain.normalize)
+    return save_folder(encoder, path, tokenizer_from=SMALL, **plain.sentence_options())
 
 
 def test_a_folder_comes_back_bit_for_bit(folder: Path) -> None:
