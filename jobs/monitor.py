@@ -223,6 +223,24 @@ def in_words(line: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+class Ceiling:
+    """The speed of plain matrix products, which MFU is a share of.
+
+    It is measured when a worker starts, and so do its neighbours then: one that shared its cores read a fifth of what
+    they can do, and 275 % of it later. A step that is faster has it measured again.
+    """
+
+    def __init__(self, measure: Callable[[], float]) -> None:
+        self.measure = measure
+        self.flops_per_s = measure()
+
+    def share(self, flops_per_s: float) -> float:
+        """MFU of a step, at most 1."""
+        if flops_per_s > self.flops_per_s:
+            self.flops_per_s = max(flops_per_s, self.measure())
+        return flops_per_s / self.flops_per_s
+
+
 def measure_ceiling(config: EncoderConfig, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of plain matrix products at a layer's shapes: what MFU is a share of. Takes about half a second."""
     rows = 16_384 if device.type == "cuda" else 2_048

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from jobs.checkpoints import Checkpoints
-from jobs.monitor import Monitor, measure_ceiling
+from jobs.monitor import Ceiling, Monitor, measure_ceiling
 from jobs.objective import Objective, Share
 from jobs.phases import Phase, RunSettings
 from jobs.replicas import Replicas
@@ -53,8 +54,8 @@ class Run:
     monitor: Monitor | None = None
     """On the first worker."""
     signals: Signals = field(default_factory=Signals)
-    ceiling_flops: float = math.inf
-    """FLOP/s that MFU is a share of, for each worker."""
+    ceiling: Ceiling = field(default_factory=lambda: Ceiling(lambda: math.inf))
+    """What MFU is a share of, for each worker."""
 
 
 def train(run: Run, state: State) -> str:
@@ -167,7 +168,7 @@ def speed(run: Run, line: dict[str, Any], step: Share, *, seconds: float, waited
     return {
         "seconds": round(seconds, 4),
         "tokens_per_s": step.num_tokens / seconds,
-        "mfu": line["flops"] / seconds / (run.ceiling_flops * run.replicas.size),
+        "mfu": run.ceiling.share(line["flops"] / seconds / run.replicas.size),
         "data_wait": waited / seconds,
     }
 
@@ -250,7 +251,7 @@ def resume(
 
     monitor = Monitor(configuration.output, state.step, show_and_keep) if replicas.is_first else None
     dtype = state.encoder.compute_dtype or torch.float32
-    ceiling = measure_ceiling(state.encoder.config, dtype, replicas.device)
+    ceiling = Ceiling(partial(measure_ceiling, state.encoder.config, dtype, replicas.device))
     run = Run(configuration, phases, objective, checkpoints, replicas, monitor, signals, ceiling)
     result: dict[str, Any] = {"message": ""}
     try:

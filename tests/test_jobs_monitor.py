@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from jobs.monitor import LINES, PLOT, Display, Monitor, in_words, measure_ceiling, read_lines, smooth
+from jobs.monitor import LINES, PLOT, Ceiling, Display, Monitor, in_words, measure_ceiling, read_lines, smooth
 from model.config import preset
 
 
@@ -102,6 +102,16 @@ def test_terminal_lines_say_what_matters(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_running_mean_begins_at_the_first_value() -> None:
     assert smooth([4.0]) == [4.0]
     assert smooth([4.0, 2.0], memory=0.5) == [4.0, pytest.approx(8 / 3)]
+
+
+def test_a_ceiling_that_was_measured_in_company_is_measured_again() -> None:
+    speeds = iter([20.0, 100.0, 90.0])
+    ceiling = Ceiling(lambda: next(speeds))
+    assert ceiling.share(10) == 0.5
+    assert ceiling.share(55) == 0.55  # faster than it was thought possible: the second measurement counts
+    assert ceiling.share(60) == 0.6
+    assert ceiling.share(110) == 1.0  # and where even that is too low, the step itself
+    assert ceiling.share(55) == 0.5
 
 
 def test_a_ceiling_is_a_speed() -> None:
