@@ -5,6 +5,7 @@ else goes to PyTorch's own operators, one by one. Shape suffixes: T tokens, D wi
 intermediate size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,18 @@ def _served(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and kernels.serves(x)
 
 
+def _has_gradient(
+    operator: torch.library.CustomOpDef, keep: Callable[..., None]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the gradient of an operator; `keep` takes down what it needs (`setup_context`)."""
+
+    def declare(gradient: Callable[..., Any]) -> Callable[..., Any]:
+        operator.register_autograd(gradient, setup_context=keep)
+        return gradient
+
+    return declare
+
+
 @torch.library.custom_op("nightloom::norm", mutates_args=())
 def _norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
     return kernels.add_and_norm(x_TD, None, weight_D, bias_D, eps)
@@ -89,23 +102,16 @@ def _(x_TD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_TD), torch.empty_like(x_TD, dtype=torch.bfloat16)
 
 
-@torch.library.custom_op("nightloom::norm_backward", mutates_args=())
-def _norm_backward(
-    d_normed_TD: Tensor, d_rest_TD: Tensor | None, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_rest_TD = None if d_rest_TD is None else d_rest_TD.contiguous()
-    d_x, d_added, d_weight, d_bias = kernels.norm_backward(
-        d_normed_TD.contiguous(), d_rest_TD, x_TD, weight_D, bias_D, eps
-    )
-    return d_x, d_added, d_weight, d_weight.new_empty(0) if d_bias is None else d_bias
+_norm_backward = torch.library.custom_op("nightloom::norm_backward", kernels.norm_backward, mutates_args=())
 
 
 @_norm_backward.register_fake
 def _(
     d_normed_TD: Tensor, d_rest_TD: Tensor | None, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_bias = weight_D.new_empty(0) if bias_D is None else torch.empty_like(bias_D)
-    return torch.empty_like(x_TD), torch.empty_like(d_normed_TD), torch.empty_like(weight_D), d_bias
+    d_added_TD = d_normed_TD.new_empty(0) if d_rest_TD is None else torch.empty_like(d_normed_TD)
+    d_bias_D = weight_D.new_empty(0) if bias_D is None else torch.empty_like(bias_D)
+    return torch.empty_like(x_TD), d_added_TD, torch.empty_like(weight_D), d_bias_D
 
 
 def _keep_for_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -114,25 +120,21 @@ def _keep_for_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(output[0] if isinstance(output, tuple) else inputs[0], weight_D, bias_D)
 
 
+@_has_gradient(_norm, _keep_for_norm)
 def _norm_gradients(ctx: Any, d_normed_TD: Tensor) -> tuple[Tensor | None, ...]:
     x_TD, weight_D, bias_D = ctx.saved_tensors
     d_x, _, d_weight, d_bias = _norm_backward(d_normed_TD, None, x_TD, weight_D, bias_D, ctx.eps)
     return d_x, d_weight, None if bias_D is None else d_bias, None
 
 
+@_has_gradient(_add_norm, _keep_for_norm)
 def _add_norm_gradients(ctx: Any, d_rest_TD: Tensor, d_normed_TD: Tensor) -> tuple[Tensor | None, ...]:
     x_TD, weight_D, bias_D = ctx.saved_tensors
     d_x, d_added, d_weight, d_bias = _norm_backward(d_normed_TD, d_rest_TD, x_TD, weight_D, bias_D, ctx.eps)
     return d_x, d_added, d_weight, None if bias_D is None else d_bias, None
 
 
-_norm.register_autograd(_norm_gradients, setup_context=_keep_for_norm)
-_add_norm.register_autograd(_add_norm_gradients, setup_context=_keep_for_norm)
-
-
-@torch.library.custom_op("nightloom::geglu", mutates_args=())
-def _geglu(x_T2I: Tensor) -> Tensor:
-    return kernels.geglu(x_T2I)
+_geglu = torch.library.custom_op("nightloom::geglu", kernels.geglu, mutates_args=())
 
 
 @_geglu.register_fake
@@ -140,9 +142,7 @@ def _(x_T2I: Tensor) -> Tensor:
     return x_T2I.new_empty(x_T2I.shape[0], x_T2I.shape[1] // 2)
 
 
-@torch.library.custom_op("nightloom::geglu_backward", mutates_args=())
-def _geglu_backward(d_out_TI: Tensor, x_T2I: Tensor) -> Tensor:
-    return kernels.geglu_backward(d_out_TI.contiguous(), x_T2I)
+_geglu_backward = torch.library.custom_op("nightloom::geglu_backward", kernels.geglu_backward, mutates_args=())
 
 
 @_geglu_backward.register_fake
@@ -150,10 +150,9 @@ def _(d_out_TI: Tensor, x_T2I: Tensor) -> Tensor:
     return torch.empty_like(x_T2I)
 
 
-_geglu.register_autograd(
-    lambda ctx, d_out_TI: _geglu_backward(d_out_TI, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+@_has_gradient(_geglu, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+def _geglu_gradients(ctx: Any, d_out_TI: Tensor) -> Tensor:
+    return _geglu_backward(d_out_TI, *ctx.saved_tensors)
 
 
 @torch.library.custom_op("nightloom::attend", mutates_args=())
@@ -176,22 +175,7 @@ def _(q_TNH: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q_TNH.new_empty(q_TNH.shape), q_TNH.new_empty(q_TNH.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("nightloom::attend_backward", mutates_args=())
-def _attend_backward(
-    d_out_TNH: Tensor,
-    q_TNH: Tensor,
-    k_TNH: Tensor,
-    v_TNH: Tensor,
-    out_TNH: Tensor,
-    kept_TN: Tensor,
-    cu_seqlens: Tensor,
-    cos_T1H: Tensor | None,
-    sin_T1H: Tensor | None,
-    back: int,
-    ahead: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    qkv = (q_TNH, k_TNH, v_TNH)
-    return kernels.attend_backward(d_out_TNH, *qkv, out_TNH, kept_TN, cu_seqlens, (back, ahead), (cos_T1H, sin_T1H))
+_attend_backward = torch.library.custom_op("nightloom::attend_backward", kernels.attend_backward, mutates_args=())
 
 
 @_attend_backward.register_fake
@@ -204,8 +188,6 @@ def _keep_for_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.save_for_backward(q_TNH, k_TNH, v_TNH, *output, cu_seqlens, cos_T1H, sin_T1H)
 
 
+@_has_gradient(_attend, _keep_for_attend)
 def _attend_gradients(ctx: Any, d_out_TNH: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return *_attend_backward(d_out_TNH, *ctx.saved_tensors, *ctx.bounds), *[None] * 5
-
-
-_attend.register_autograd(_attend_gradients, setup_context=_keep_for_attend)

@@ -91,7 +91,7 @@ class Embedder(Protocols):
                 module.to(self.dtype if is_product else torch.float32)
         self.tokens_per_batch = default_tokens(self.config, self.device, self.dtype)
         prepack(encoder, self.tokens_per_batch)
-        self.encoder, self.dense = encoder, load_dense(self.folder.dense)
+        self.encoder, self.dense = encoder, torch.nn.Sequential(*load_dense(self.folder.dense))
         self.attention_name = encoder.attention
         self.pooling, self.normalize = self.folder.pooling, self.folder.normalize
         self.prompts, self.default_prompt_name = self.folder.prompts, self.folder.default_prompt_name
@@ -241,8 +241,7 @@ class Embedder(Protocols):
     ) -> np.ndarray:
         """Divide, go through Dense modules, keep the leading dimensions, normalise: (R, dim) float32."""
         vectors: Tensor = torch.from_numpy(sums_RD) / torch.from_numpy(weights_R)[:, None]
-        for module in self.dense:
-            vectors = module(vectors)
+        vectors = self.dense(vectors)
         vectors = vectors[:, : min(truncate_dim or self.dim, self.dim)]
         if self.normalize if normalize is None else normalize:
             vectors = normalize_rows(vectors)

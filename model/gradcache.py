@@ -58,7 +58,7 @@ class VectorModel(nn.Module):
         learn_temperature: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.pooling, self.dense = encoder, pooling, nn.ModuleList(dense)
+        self.encoder, self.pooling, self.dense = encoder, pooling, nn.Sequential(*dense)
         self.width = dense[-1].linear.out_features if dense else encoder.config.hidden_size
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]), requires_grad=learn_temperature)
 
@@ -66,10 +66,7 @@ class VectorModel(nn.Module):
         """Vectors (R, D) of ranges of tokens, not normalised."""
         positions_T = batch.positions_T() if self.pooling == "weighted_mean" else None
         sums_RD, weights_R = pool_segments(self.encoder(batch), starts_R, ends_R, self.pooling, positions_T)
-        vectors_RD = sums_RD / weights_R[:, None]
-        for module in self.dense:
-            vectors_RD = module(vectors_RD)
-        return vectors_RD
+        return self.dense(sums_RD / weights_R[:, None])
 
     def scale(self) -> Tensor:
         return self.log_scale.exp().clamp(max=LARGEST_SCALE)

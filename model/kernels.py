@@ -222,16 +222,18 @@ def attend_backward(
     out_TNH: Tensor,
     kept_TN: Tensor,
     cu_seqlens: Tensor,
-    bounds: tuple[int, int],
-    tables: tuple[Tensor | None, Tensor | None],
+    cos_T1H: Tensor | None,
+    sin_T1H: Tensor | None,
+    back: int,
+    ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values, given that of what `attend` returned."""
+    """The gradients of queries, keys and values, given that of what `attend` returned; the rest as there."""
     loaded, why = library()
     assert loaded is not None, why
     gradients, d_out_TNH = [q_TNH.new_empty(q_TNH.shape) for _ in range(3)], d_out_TNH.contiguous()
     loaded.nightloom_attend_backward(
         *(x.data_ptr() for x in (q_TNH, k_TNH, v_TNH, out_TNH, kept_TN)),
-        *_attention_arguments(q_TNH, cu_seqlens, bounds, tables),
+        *_attention_arguments(q_TNH, cu_seqlens, (back, ahead), (cos_T1H, sin_T1H)),
         *(x.data_ptr() for x in (d_out_TNH, *gradients)),
         gradients[0].stride(0),
     )
@@ -258,7 +260,7 @@ def _attention_arguments(
 
 def norm_backward(
     d_normed_TD: Tensor, d_rest_TD: Tensor | None, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients through a layer norm of x in bfloat16.
 
     Args:
@@ -267,14 +269,17 @@ def norm_backward(
         weight_D, bias_D: float32.
 
     Returns:
-        Of x in float32 and, the same, in bfloat16; of the weight; of the bias.
+        Of x in float32; the same in bfloat16, for what was added to x (empty without `d_rest_TD`: nothing was); of the
+        weight; of the bias (empty where there is none).
     """
     loaded, why = library()
     assert loaded is not None, why
     threads = torch.get_num_threads()
-    d_x_TD, d_added_TD = torch.empty_like(x_TD), torch.empty_like(x_TD, dtype=torch.bfloat16)
+    d_normed_TD, d_rest_TD = d_normed_TD.contiguous(), None if d_rest_TD is None else d_rest_TD.contiguous()
+    d_x_TD, none = torch.empty_like(x_TD), x_TD.new_empty(0)
+    d_added_TD = none.bfloat16() if d_rest_TD is None else torch.empty_like(d_normed_TD)
     d_weight = x_TD.new_zeros(threads, x_TD.shape[1])
-    d_bias = None if bias_D is None else torch.zeros_like(d_weight)
+    d_bias = none if bias_D is None else torch.zeros_like(d_weight)
     loaded.nightloom_norm_backward(
         x_TD.data_ptr(),
         weight_D.data_ptr(),
@@ -282,20 +287,20 @@ def norm_backward(
         d_normed_TD.data_ptr(),
         None if d_rest_TD is None else d_rest_TD.data_ptr(),
         d_x_TD.data_ptr(),
-        d_added_TD.data_ptr(),
+        None if d_rest_TD is None else d_added_TD.data_ptr(),
         d_weight.data_ptr(),
-        None if d_bias is None else d_bias.data_ptr(),
+        None if bias_D is None else d_bias.data_ptr(),
         *x_TD.shape,
         threads,
     )
-    return d_x_TD, d_added_TD, d_weight.sum(0), None if d_bias is None else d_bias.sum(0)
+    return d_x_TD, d_added_TD, d_weight.sum(0), d_bias if bias_D is None else d_bias.sum(0)
 
 
 def geglu_backward(d_out_TI: Tensor, x_T2I: Tensor) -> Tensor:
     """The gradient of what `geglu` was given; all bfloat16."""
     loaded, why = library()
     assert loaded is not None, why
-    d_x_T2I = torch.empty_like(x_T2I)
+    d_out_TI, d_x_T2I = d_out_TI.contiguous(), torch.empty_like(x_T2I)
     loaded.nightloom_geglu_backward(
         *(x.data_ptr() for x in (x_T2I, d_out_TI, d_x_T2I)), *d_out_TI.shape, torch.get_num_threads()
     )

@@ -167,7 +167,7 @@ int nightloom_request_amx() {
 void nightloom_attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* normalizers, int64_t stride,
                       const float* cos, const float* sin, int64_t table_stride, const int32_t* cu_seqlens,
                       int sequences, int heads, int head_size, int back, int ahead, int tiles, int threads) {
-  back = back < 0 ? UNBOUNDED : std::min(back, UNBOUNDED), ahead = ahead < 0 ? UNBOUNDED : std::min(ahead, UNBOUNDED);
+  back = bound(back), ahead = bound(ahead);
   const Attention p = {q, k, v, out, normalizers, cos, sin, stride, table_stride, heads, back, ahead};
   const int64_t tokens = cu_seqlens[sequences];
   // Items of a few hundred queries where there is a window; where there is none, keys are packed once for each item,

@@ -150,6 +150,9 @@ struct Attention {
 
 constexpr int UNBOUNDED = 1 << 30;
 
+// A bound as callers have it, where a negative one is none.
+inline int bound(int keys) { return keys < 0 ? UNBOUNDED : std::min(keys, UNBOUNDED); }
+
 template <int H>
 inline void rotated(const Attention& p, const bf16* x, int64_t token, bf16* out) {
   if (!p.cos) {

@@ -247,7 +247,7 @@ void nightloom_attend_backward(const bf16* q, const bf16* k, const bf16* v, cons
                                const int32_t* cu_seqlens, int sequences, int heads, int head_size, int back, int ahead,
                                int tiles, int threads, const bf16* d_out, bf16* d_q, bf16* d_k, bf16* d_v,
                                int64_t gradient_stride) {
-  back = back < 0 ? UNBOUNDED : std::min(back, UNBOUNDED), ahead = ahead < 0 ? UNBOUNDED : std::min(ahead, UNBOUNDED);
+  back = bound(back), ahead = bound(ahead);
   const Attention p = {q,   k,      v,            (bf16*)out, (float*)normalizers, cos, sin,
                        stride, table_stride, heads,      back,  ahead};
   const Gradients g = {d_out, d_q, d_k, d_v, gradient_stride};

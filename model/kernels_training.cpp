@@ -6,12 +6,6 @@
 
 #include "kernels.h"
 
-namespace {
-
-inline __m512 load_ps(const float* p) { return _mm512_loadu_ps(p); }
-
-}  // namespace
-
 #pragma GCC visibility push(default)
 extern "C" {
 
@@ -31,13 +25,13 @@ void nightloom_norm_backward(const float* x, const float* weight, float eps, con
       const float* at = x + row * width;
       const bf16* d_at = d_y + row * width;
       __m512 total = _mm512_setzero_ps();
-      for (int d = 0; d < width; d += 16) total = _mm512_add_ps(total, load_ps(at + d));
+      for (int d = 0; d < width; d += 16) total = _mm512_add_ps(total, _mm512_loadu_ps(at + d));
       const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / width);
       // Sums of squares, of the gradient before the scale, and of it times the centred value.
       __m512 squares = _mm512_setzero_ps(), slopes = _mm512_setzero_ps(), products = _mm512_setzero_ps();
       for (int d = 0; d < width; d += 16) {
-        const __m512 value = _mm512_sub_ps(load_ps(at + d), mean);
-        const __m512 slope = _mm512_mul_ps(load(d_at + d), load_ps(weight + d));
+        const __m512 value = _mm512_sub_ps(_mm512_loadu_ps(at + d), mean);
+        const __m512 slope = _mm512_mul_ps(load(d_at + d), _mm512_loadu_ps(weight + d));
         squares = _mm512_fmadd_ps(value, value, squares);
         slopes = _mm512_add_ps(slopes, slope);
         products = _mm512_fmadd_ps(slope, value, products);
@@ -47,15 +41,15 @@ void nightloom_norm_backward(const float* x, const float* weight, float eps, con
       const __m512 level = _mm512_set1_ps(_mm512_reduce_add_ps(slopes) / width);
       const __m512 tilt = _mm512_set1_ps(_mm512_reduce_add_ps(products) / width * scale * scale);
       for (int d = 0; d < width; d += 16) {
-        const __m512 value = _mm512_sub_ps(load_ps(at + d), mean), given = load(d_at + d);
-        const __m512 slope = _mm512_fmsub_ps(given, load_ps(weight + d), level);
+        const __m512 value = _mm512_sub_ps(_mm512_loadu_ps(at + d), mean), given = load(d_at + d);
+        const __m512 slope = _mm512_fmsub_ps(given, _mm512_loadu_ps(weight + d), level);
         __m512 gradient = _mm512_mul_ps(_mm512_fnmadd_ps(value, tilt, slope), factor);
-        if (d_rest) gradient = _mm512_add_ps(gradient, load_ps(d_rest + row * width + d));
+        if (d_rest) gradient = _mm512_add_ps(gradient, _mm512_loadu_ps(d_rest + row * width + d));
         _mm512_storeu_ps(d_x + row * width + d, gradient);
         if (d_added) store(d_added + row * width + d, gradient);
         const __m512 normed = _mm512_mul_ps(value, factor);
-        _mm512_storeu_ps(weight_sums + d, _mm512_fmadd_ps(given, normed, load_ps(weight_sums + d)));
-        if (bias_sums) _mm512_storeu_ps(bias_sums + d, _mm512_add_ps(given, load_ps(bias_sums + d)));
+        _mm512_storeu_ps(weight_sums + d, _mm512_fmadd_ps(given, normed, _mm512_loadu_ps(weight_sums + d)));
+        if (bias_sums) _mm512_storeu_ps(bias_sums + d, _mm512_add_ps(given, _mm512_loadu_ps(bias_sums + d)));
       }
     }
   }

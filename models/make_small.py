@@ -18,7 +18,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import Tensor
+from torch import Tensor, nn
 
 from corpus.pairs import PROSE, Pairs
 from model import Embedder
@@ -42,6 +42,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CLS, SEP = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]")
 SPACE = "\u0120"
 WORD_DIM = 128
+PLAIN = nn.Identity()
+"""What vectors go through where a model has no Dense module."""
 TAUGHT_TOKENS, TAUGHT_WEIGHT = 128, 1.0
 """A teacher reads passages up to so many tokens; what its likenesses weigh beside the pairs."""
 TEMPERATURE = 0.05
@@ -108,11 +110,11 @@ def moved_embedding(old: Tensor, before: Tokenizer, after: Tokenizer) -> Tensor:
     return new
 
 
-def bags(sequences: Sequence[np.ndarray], table_VD: Tensor, dense: Sequence[Dense] = ()) -> Tensor:
+def bags(sequences: Sequence[np.ndarray], table_VD: Tensor, dense: nn.Module = PLAIN) -> Tensor:
     """Mean of the table's rows for each sequence, unit length."""
     tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
     offsets = torch.from_numpy(np.cumsum([0, *map(len, sequences[:-1])]))
-    return normalize(through(dense, F.embedding_bag(tokens, table_VD, offsets, mode="mean")))
+    return normalize(dense(F.embedding_bag(tokens, table_VD, offsets, mode="mean")))
 
 
 def contrast(questions_BD: Tensor, passages_BD: Tensor) -> tuple[Tensor, float]:
@@ -155,7 +157,7 @@ def word_table(pairs: Pairs, vocabulary: int, *, steps: int = 800) -> Tensor:
     counts = np.bincount(pairs.tokens, minlength=vocabulary) + 1.0
     rarity = np.log(1 + len(pairs.tokens) / counts / 50)
     scale_V1 = torch.tensor(rarity / rarity.mean(), dtype=torch.float32)[:, None]
-    table_VD = torch.nn.Parameter(torch.randn(vocabulary, WORD_DIM) / WORD_DIM**0.5 * scale_V1)
+    table_VD = nn.Parameter(torch.randn(vocabulary, WORD_DIM) / WORD_DIM**0.5 * scale_V1)
     optimizer = torch.optim.Adam([table_VD], betas=(0.9, 0.99))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * rate_at(step, steps, warmup=50, decay=0.5, least=0.02)
@@ -246,20 +248,16 @@ def save(
     out: str,
     tokenizer_folder: str,
     dtype: torch.dtype = torch.float32,
-    dense: Sequence[Dense] = (),
+    dense: Iterable[Dense] = (),
 ) -> None:
-    save_folder(encoder, out, tokenizer_from=tokenizer_folder, pooling="mean", dense=dense, normalize=True, dtype=dtype)
+    save_folder(
+        encoder, out, tokenizer_from=tokenizer_folder, pooling="mean", dense=[*dense], normalize=True, dtype=dtype
+    )
 
 
-def encode(encoder: Encoder, sequences: Sequence[np.ndarray], dense: Sequence[Dense] = ()) -> Tensor:
+def encode(encoder: Encoder, sequences: Sequence[np.ndarray], dense: nn.Module = PLAIN) -> Tensor:
     batch = pack(sequences)
-    return normalize(through(dense, pool(encoder(batch), batch.cu_seqlens, "mean")))
-
-
-def through(dense: Sequence[Dense], vectors_RD: Tensor) -> Tensor:
-    for module in dense:
-        vectors_RD = module(vectors_RD)
-    return vectors_RD
+    return normalize(dense(pool(encoder(batch), batch.cu_seqlens, "mean")))
 
 
 def tune(
@@ -295,8 +293,7 @@ def tune(
     pairs, model = Pairs(units, tokenizer_folder), Embedder(begin, dtype="float32")
     encoder, dense = Encoder(model.config, dtype=torch.bfloat16), model.dense
     encoder.load_state_dict(model.encoder.state_dict())
-    for module in dense:
-        module.requires_grad_(False)
+    dense.requires_grad_(False)
     taught_by = Teacher(teacher, tokenizer_folder) if teacher else None
     embedding = encoder.embeddings.tok_embeddings.weight
     others = [p for p in encoder.parameters() if p is not embedding]
@@ -338,7 +335,7 @@ def tune(
             loss = loss + TAUGHT_WEIGHT * soft_contrast(vectors_RD[:num][prose], vectors_RD[num:][prose], taught)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        nn.utils.clip_grad_norm_(others, 1.0)
         optimizer.step()
         tokens += sum(map(len, questions + passages))
         num_pairs += num

@@ -36,9 +36,10 @@ def search(dataset: lance.LanceDataset, question: np.ndarray, k: int, also: Sequ
         scores = np.clip(1 - found["_distance"].to_numpy(), -1, 1)
         found = found.drop_columns("_distance").append_column("score", pa.array(scores, pa.float32()))
     else:  # Lance compares floats only
-        form = also[-1] if also else "bits" if pa.types.is_uint8(kind) else "int8"
-        batches = dataset.to_batches(columns=[also_column(form) if also else "vector"])
-        places = chosen(batches, question, RESCORED[form] * k)
+        batches = dataset.to_batches(columns=[also_column(also[-1]) if also else "vector"])
+        # Vectors of int8 are chosen by what orders them, the others by less.
+        times = RESCORED[also[-1]] if also else RESCORED["bits"] if pa.types.is_uint8(kind) else 1
+        places = chosen(batches, question, times * k)
         found = ranked(dataset.take(places.tolist(), columns=[*columns, "vector"]), question, k)
     return found.sort_by([("score", "descending"), ("document_id", "ascending"), ("chunk", "ascending")])
 

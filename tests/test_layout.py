@@ -175,9 +175,7 @@ def test_import_has_no_side_effect(path: Path) -> None:
     """No bare call at the top level of a module: nothing is configured, opened, registered or printed by an import."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         bare_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-        # An operator's gradient is told to torch by a call; there is no decorator for it.
-        declares = bare_call and ast.unparse(node).partition("(")[0].endswith(".register_autograd")
-        assert declares or not bare_call, f"{label(path)}:{node.lineno} runs when the module is imported"
+        assert not bare_call, f"{label(path)}:{node.lineno} runs when the module is imported"
 
 
 def name_of_test(path: Path) -> str:

@@ -107,7 +107,7 @@ def test_training_goes_through_them(tiny_model_folder: Path) -> None:
     batch = pack(sequences)
     ranges = batch.cu_seqlens.long()
     vectors = model(batch, ranges[:-1], ranges[1:])
-    embedder.dense = layers
+    embedder.dense = torch.nn.Sequential(*layers)
     handed = embedder.finish(*embedder.embed_segments(batch, ranges[:-1].numpy(), ranges[1:].numpy()), normalize=False)
     np.testing.assert_allclose(vectors.detach().numpy(), handed, rtol=0, atol=TOLERANCE)
     assert model.width == vectors.shape[1] == 40
