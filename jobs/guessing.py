@@ -99,12 +99,11 @@ def guess(model: MaskedLanguageModel, item: Bin) -> tuple[np.ndarray, ...]:
         tuple(item.cu_seqlens.tolist()),
     ).to(device)
     losses, hits = [np.empty(0)], [np.empty(0, dtype=bool)]
-    hidden_TD = model.model(batch)
-    for start in range(0, len(item.masked_M), ROWS):
-        rows, targets = (
-            torch.from_numpy(array[start : start + ROWS]).to(device) for array in (item.masked_M, item.targets_M)
-        )
-        logits_RV = model.decoder(model.head(hidden_TD[rows], model.dtype)).float()
+    masked_M, targets_M = (torch.from_numpy(array).to(device) for array in (item.masked_M, item.targets_M))
+    hidden_MD = model.model(batch, select_M=masked_M)
+    for start in range(0, len(masked_M), ROWS):
+        targets = targets_M[start : start + ROWS]
+        logits_RV = model.decoder(model.head(hidden_MD[start : start + ROWS], model.dtype)).float()
         losses.append(torch.nn.functional.cross_entropy(logits_RV, targets, reduction="none").cpu().numpy())
         hits.append((logits_RV.argmax(dim=1) == targets).cpu().numpy())
     sequence_T = np.repeat(np.arange(item.num_sequences), np.diff(item.cu_seqlens))

@@ -140,8 +140,7 @@ class CausalLanguageModel(nn.Module):
         Returns:
             (M, V), or (T, V) without a selection.
         """
-        hidden_TD = self.model(batch)
-        return self.predict(hidden_TD if select_M is None else hidden_TD[select_M])
+        return self.predict(self.model(batch, select_M=select_M))
 
     def predict(self, hidden_MD: Tensor) -> Tensor:
         """The head alone: (M, V)."""

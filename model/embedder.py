@@ -21,8 +21,8 @@ from model.dense import load_dense
 from model.errors import InputError
 from model.folder import check_tokenizer, load_tokenizer, read_folder, tokenizer_hash, weights_hash
 from model.memory import fitting_tokens
+from model.pooling import encode_segments
 from model.pooling import normalize as normalize_rows
-from model.pooling import pool_segments
 from model.prepacked import prepack
 from model.protocols import Protocols, check_left, prompt_names, texts_of
 from model.weights import load_encoder
@@ -225,9 +225,8 @@ class Embedder(Protocols):
             sums (R, D) and weights (R,), float32; `finish` makes vectors of them.
         """
         batch = batch.to(self.device)
-        hidden_TD = self.encoder(batch)
         starts, ends = (torch.as_tensor(x, dtype=torch.int64, device=self.device) for x in (starts_R, ends_R))
-        sums_RD, weights_R = pool_segments(hidden_TD, starts, ends, self.pooling, batch.positions_T())
+        sums_RD, weights_R = encode_segments(self.encoder, batch, starts, ends, self.pooling)
         return sums_RD.float().cpu().numpy(), weights_R.float().cpu().numpy()
 
     @torch.inference_mode()

@@ -91,20 +91,32 @@ class Layer(nn.Module):
         self.mlp_norm = LayerNorm(config)
         self.mlp = GeGLU(config)
 
-    def forward(self, x_TD: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
-        attended_TD = self.attn.Wo(self.attn(differentiable.norm(x_TD, self.attn_norm, dtype), plan))
-        x_TD, normed_TD = differentiable.add_norm(x_TD, attended_TD, self.mlp_norm)
+    def forward(self, x_TD: Tensor, plan: Plan, dtype: torch.dtype, select_M: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            select_M: tokens whose output is wanted; None: all. The others only serve these as keys and values.
+        """
+        attended_TD = self.attn(differentiable.norm(x_TD, self.attn_norm, dtype), plan)
+        x_TD, attended_TD = rows(select_M, x_TD, attended_TD)
+        x_TD, normed_TD = differentiable.add_norm(x_TD, self.attn.Wo(attended_TD), self.mlp_norm)
         return x_TD + self.mlp(normed_TD)
 
-    def advance(self, x_TD: Tensor, normed_TD: Tensor, plan: Plan, next_norm: nn.LayerNorm | None) -> None:
-        """The same without a gradient, in place and in strips.
+    def advance(
+        self,
+        x_TD: Tensor,
+        normed_TD: Tensor,
+        plan: Plan,
+        next_norm: nn.LayerNorm | None,
+        select_M: Tensor | None = None,
+    ) -> Tensor:
+        """The same without a gradient, in strips, and in place where all tokens are wanted.
 
         Args:
             x_TD: the residual stream; receives this layer's output.
             normed_TD: `attn_norm(x_TD)` in the dtype of products; receives `next_norm` of this layer's output, for the
                 layer that follows.
         """
-        attended_TD = self.attn(normed_TD, plan)
+        x_TD, normed_TD, attended_TD = rows(select_M, x_TD, normed_TD, self.attn(normed_TD, plan))
         for x, normed, attended in strips(x_TD, normed_TD, attended_TD):
             kernels.add_norm(x, self.attn.Wo(attended), self.mlp_norm, normed)
             added = self.mlp.Wo(kernels.geglu(self.mlp.Wi(normed)))
@@ -112,6 +124,11 @@ class Layer(nn.Module):
                 x += added
             else:
                 kernels.add_norm(x, added, next_norm, normed)
+        return x_TD
+
+
+def rows(select_M: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if select_M is None else tuple(tensor[select_M] for tensor in tensors)
 
 
 class Encoder(nn.Module):
@@ -150,25 +167,35 @@ class Encoder(nn.Module):
         if self.attention != "reference" and (config.num_global_tokens or config.sparse_key_blocks is not None):
             self.attention_reason += "; blocks in layers with global tokens or selected blocks"
 
-    def forward(self, batch: PackedBatch, layer_outputs: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, batch: PackedBatch, layer_outputs: list[Tensor] | None = None, *, select_M: Tensor | None = None
+    ) -> Tensor:
         """Encode a packed batch.
 
         Args:
             batch: on the encoder's device; sequences of at most `config.max_tokens` tokens (longer ones extrapolate).
             layer_outputs: if given, receives the embedding and then every layer's output, (T, D) each, the last
                 before the final norm.
+            select_M: int64 indices of the packed tokens whose output is wanted, in any order; None: all. The last layer
+                does for these only what it does token by token, which is most of its work.
 
         Returns:
-            hidden_TD in float32 (float64 where the weights are).
+            hidden_TD in float32 (float64 where the weights are); (M, D) with a selection.
         """
-        return self.through(batch.tokens_T, self._plans(batch), layer_outputs)
+        return self.through(batch.tokens_T, self._plans(batch), layer_outputs, select_M)
 
     @property
     def dtype(self) -> torch.dtype:
         """What matrix products and attention compute in."""
         return self.compute_dtype or self.embeddings.tok_embeddings.weight.dtype
 
-    def through(self, tokens_T: Tensor, plans: Sequence[Any], layer_outputs: list[Tensor] | None = None) -> Tensor:
+    def through(
+        self,
+        tokens_T: Tensor,
+        plans: Sequence[Any],
+        layer_outputs: list[Tensor] | None = None,
+        select_M: Tensor | None = None,
+    ) -> Tensor:
         """The way through all layers, layer i attending as `plans[i]` says."""
         x_TD, dtype = self.embeddings(tokens_T), self.dtype
         if layer_outputs is not None:
@@ -176,12 +203,13 @@ class Encoder(nn.Module):
         normed_TD = None if torch.is_grad_enabled() else x_TD.to(dtype, copy=True)
         norms_after = [*(layer.attn_norm for layer in self.layers[1:]), None]
         for layer, plan, norm_after in zip(self.layers, plans, norms_after, strict=True):
+            selected = select_M if norm_after is None else None
             if normed_TD is not None:
-                layer.advance(x_TD, normed_TD, plan, norm_after)  # type: ignore[operator]  # a ModuleList has no type
+                x_TD = layer.advance(x_TD, normed_TD, plan, norm_after, selected)  # type: ignore[operator]
             elif self.checkpoint_activations:
-                x_TD = checkpoint(layer, x_TD, plan, dtype, use_reentrant=False)
+                x_TD = checkpoint(layer, x_TD, plan, dtype, selected, use_reentrant=False)
             else:
-                x_TD = layer(x_TD, plan, dtype)
+                x_TD = layer(x_TD, plan, dtype, selected)
             if layer_outputs is not None:
                 layer_outputs.append(x_TD.clone())
         return self.final_norm(x_TD)

@@ -93,7 +93,8 @@ def cost(
         config: the shape of the encoder.
         lengths: tokens of each sequence, special tokens included.
         mode: "forward"; "training", forward and backward; "recompute", training with activation checkpoints.
-        predicted_tokens: masked tokens that go through the masked-token head; 0 without one.
+        predicted_tokens: masked tokens that go through the masked-token head; 0 without one. The last layer's work
+            after attention counts for these only: nothing is taken from its other tokens.
         bytes_per_value: of weights and activations in the products: 2 for bfloat16, 4 for float32.
 
     Raises:
@@ -108,10 +109,12 @@ def cost(
     local_pairs = sum(visible_pairs(n, config.window, first) for n in sequences)
 
     linear_flops = attention_flops = head_flops = values = 0
-    for layer_type in config.layer_types:
-        for inputs, outputs in linear_weights(config):
-            linear_flops += 2 * num_tokens * inputs * outputs
-            values += num_tokens * (inputs + outputs) + inputs * outputs
+    for number, layer_type in enumerate(config.layer_types):
+        last = number == config.num_layers - 1
+        for product, (inputs, outputs) in enumerate(linear_weights(config)):
+            rows = predicted_tokens if predicted_tokens and last and product > 0 else num_tokens
+            linear_flops += 2 * rows * inputs * outputs
+            values += rows * (inputs + outputs) + inputs * outputs
         attention_flops += 4 * d * (full_pairs if layer_type == FULL else local_pairs)
         values += 4 * num_tokens * d  # queries, keys and values in, one result out
     if predicted_tokens:

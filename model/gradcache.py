@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.batch import PackedBatch
 from model.dense import Dense
 from model.encoder import Encoder
-from model.pooling import pool_segments
+from model.pooling import encode_segments
 
 LARGEST_SCALE = 100.0
 """Of a learnt temperature, which otherwise goes on falling (CLIP, arXiv 2103.00020)."""
@@ -64,8 +64,7 @@ class VectorModel(nn.Module):
 
     def forward(self, batch: PackedBatch, starts_R: Tensor, ends_R: Tensor) -> Tensor:
         """Vectors (R, D) of ranges of tokens, not normalised."""
-        positions_T = batch.positions_T() if self.pooling == "weighted_mean" else None
-        sums_RD, weights_R = pool_segments(self.encoder(batch), starts_R, ends_R, self.pooling, positions_T)
+        sums_RD, weights_R = encode_segments(self.encoder, batch, starts_R, ends_R, self.pooling)
         return self.dense(sums_RD / weights_R[:, None])
 
     def scale(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.batch import PackedBatch
 from model.config import EncoderConfig
 from model.encoder import Encoder, LayerNorm, Linear
-from model.pooling import pool
+from model.pooling import encode_pooled
 
 
 class PredictionHead(nn.Module):
@@ -58,16 +58,13 @@ class MaskedLanguageModel(Headed):
 
         Args:
             select_M: indices of the packed tokens to predict; None predicts all. Only these pass the head and the
-                decoder,
-                which at 30 % masking saves most of the largest product of the model.
+                decoder, which at 30 % masking saves most of the largest product of the model, and most of the last
+                layer.
 
         Returns:
             (M, V), or (T, V) without a selection.
         """
-        hidden_TD = self.model(batch)
-        if select_M is not None:
-            hidden_TD = hidden_TD[select_M]
-        return self.decoder(self.head(hidden_TD, self.dtype))
+        return self.decoder(self.head(self.model(batch, select_M=select_M), self.dtype))
 
 
 class SequenceClassifier(Headed):
@@ -79,7 +76,7 @@ class SequenceClassifier(Headed):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (S, L)."""
-        pooled_SD = pool(self.model(batch), batch.cu_seqlens, self.model.config.classifier_pooling)
+        pooled_SD = encode_pooled(self.model, batch, self.model.config.classifier_pooling)
         return self.classifier(self.head(pooled_SD, self.dtype))
 
 

@@ -144,15 +144,16 @@ class Pretraining(nn.Module):
         """
         model = self.language_model
         head, dtype = model.head if isinstance(model, MaskedLanguageModel) else model.lm_head, model.model.dtype
-        hidden_TD = model.model(batch)
-        head_MD = head(hidden_TD[masked_M], dtype)
+        first_S = masked_M[:0] if self.ordering is None else batch.cu_seqlens[:-1].long()
+        hidden_MD = model.model(batch, select_M=torch.cat([masked_M, first_S]))
+        head_MD = head(hidden_MD[: len(masked_M)], dtype)
         summed, sums = MaskedCrossEntropy.apply(
             head_MD, model.decoder.weight, model.decoder.bias, targets_M, self.z_weight, torch.is_grad_enabled()
         )
         loss = summed * masked_scale
         ordering_sums = sums.new_zeros(2)
         if self.ordering is not None:
-            logits_S2 = self.ordering(hidden_TD[batch.cu_seqlens[:-1].long()], dtype)
+            logits_S2 = self.ordering(hidden_MD[len(masked_M) :], dtype)
             ordering = F.cross_entropy(logits_S2, ordering_S, ignore_index=IGNORED, reduction="sum")
             loss = loss + ordering * ordering_scale
             correct = (logits_S2.argmax(dim=1) == ordering_S).sum()
@@ -175,7 +176,7 @@ def next_token_loss(
     goes_on_T = torch.ones_like(batch.tokens_T, dtype=torch.bool)
     goes_on_T[batch.cu_seqlens[1:].long() - 1] = False
     index_M = goes_on_T.nonzero().squeeze(1)
-    head_MD = model.lm_head(model.model(batch)[index_M], model.model.dtype)
+    head_MD = model.lm_head(model.model(batch, select_M=index_M), model.model.dtype)
     targets_M = batch.tokens_T[index_M + 1]
     summed, sums = MaskedCrossEntropy.apply(
         head_MD, model.decoder.weight, model.decoder.bias, targets_M, z_weight, torch.is_grad_enabled()

@@ -4,11 +4,14 @@ A vector that spans several windows of a long document adds up its sums and weig
 document in windows and pooling it whole are one definition. Shape suffixes: T tokens, R ranges, D width.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.batch import PackedBatch
 
 PoolingMode = Literal["mean", "cls", "last", "weighted_mean"]
 POOLING_MODES: tuple[str, ...] = get_args(PoolingMode)
@@ -31,9 +34,9 @@ def pool_segments(
         sums (R, D) and weights (R,), float32 or wider. The pooled vector is sums / weights.
     """
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-    if mode == "cls" or mode == "last":
-        rows = starts_R if mode == "cls" else ends_R - 1
-        return hidden_TD[rows].to(wide), torch.ones_like(rows, dtype=wide)
+    rows_R = token_of(starts_R, ends_R, mode)
+    if rows_R is not None:
+        return hidden_TD[rows_R].to(wide), torch.ones_like(rows_R, dtype=wide)
     if mode not in ("mean", "weighted_mean"):
         raise ValueError(f"unknown pooling mode {mode!r}; known are {', '.join(POOLING_MODES)}")
     lengths_R = ends_R - starts_R
@@ -54,10 +57,26 @@ def pool_segments(
     return sums_RD.index_add(0, segment, tokens_XD), weights_R
 
 
-def pool(hidden_TD: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
+def token_of(starts_R: Tensor, ends_R: Tensor, mode: str) -> Tensor | None:
+    """The one token that stands for each range, None in modes where all of its tokens do."""
+    return {"cls": starts_R, "last": ends_R - 1}.get(mode)
+
+
+def encode_segments(
+    encoder: Callable[..., Tensor], batch: PackedBatch, starts_R: Tensor, ends_R: Tensor, mode: str
+) -> tuple[Tensor, Tensor]:
+    """`pool_segments` of what an encoder makes of a batch, which is not asked for tokens that nothing is taken from."""
+    rows_R = token_of(starts_R, ends_R, mode)
+    if rows_R is not None:
+        hidden_RD = encoder(batch, select_M=rows_R)
+        return hidden_RD, torch.ones_like(rows_R, dtype=hidden_RD.dtype)
+    return pool_segments(encoder(batch), starts_R, ends_R, mode, batch.positions_T())
+
+
+def encode_pooled(encoder: Callable[..., Tensor], batch: PackedBatch, mode: str) -> Tensor:
     """One vector a sequence, (S, D), not normalised."""
-    offsets = cu_seqlens.long()
-    sums_SD, weights_S = pool_segments(hidden_TD, offsets[:-1], offsets[1:], mode)
+    offsets = batch.cu_seqlens.long()
+    sums_SD, weights_S = encode_segments(encoder, batch, offsets[:-1], offsets[1:], mode)
     return sums_SD / weights_S[:, None]
 
 

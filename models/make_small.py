@@ -34,7 +34,7 @@ from model import Embedder
 from model.batch import pack
 from model.dense import Dense
 from model.encoder import Encoder, init_weights
-from model.pooling import normalize, pool
+from model.pooling import encode_pooled, normalize
 from model.weights import save_folder
 
 VOCABULARY = 14_000
@@ -257,7 +257,7 @@ def save(
 
 def encode(encoder: Encoder, sequences: Sequence[np.ndarray], dense: nn.Module = PLAIN) -> Tensor:
     batch = pack(sequences)
-    return normalize(dense(pool(encoder(batch), batch.cu_seqlens, "mean")))
+    return normalize(dense(encode_pooled(encoder, batch, "mean")))
 
 
 def tune(

@@ -230,6 +230,26 @@ def test_layer_outputs_are_not_overwritten_later() -> None:
         torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("chosen", [[0], [369, 3, 3, 70], [], list(range(370))])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_selection_has_the_outputs_and_the_gradients_of_the_whole(chosen: list[int], recompute: bool) -> None:
+    encoder, batch = random_encoder(SHAPES["five-layers"], torch.float64), random_batch((70, 300), 300)
+    encoder.checkpoint_activations = recompute
+    select, gradients, outputs = torch.tensor(chosen, dtype=torch.int64), [], []
+    for select_M in (None, select):
+        encoder.zero_grad()
+        hidden = encoder(batch, select_M=select_M)
+        outputs.append(hidden if select_M is not None else hidden[select])
+        (outputs[-1].sin() * torch.arange(1, len(chosen) + 1)[:, None]).sum().backward()
+        gradients.append([p.grad for p in encoder.parameters()])
+    with torch.inference_mode():
+        outputs.append(encoder(batch, select_M=select))
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=0, atol=1e-12)
+    for mine, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-9, atol=1e-12)
+
+
 def test_documents_are_isolated() -> None:
     """In float64, changing one document moves no other's vectors, and its tokens get no gradient from them."""
     encoder = random_encoder(SHAPES["five-layers"], torch.float64)

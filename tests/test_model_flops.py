@@ -14,6 +14,8 @@ from model.batch import pack
 from model.config import preset
 from model.encoder import Encoder
 from model.flops import PASSES, cost, linear_weights, selected_pairs, share_of_ceiling, visible_pairs
+from model.heads import MaskedLanguageModel
+from model.losses import IGNORED, Pretraining
 from model.patterns import Pattern, visible
 from model.sparse import selected_mask
 
@@ -128,8 +130,20 @@ def test_head_counts_predicted_tokens_only() -> None:
     bare, with_head = cost(SMALL, [50]), cost(SMALL, [50], predicted_tokens=15)
     assert bare.head_flops == 0
     assert with_head.head_flops == 2 * 15 * SMALL.hidden_size * (SMALL.hidden_size + SMALL.vocab_size)
-    assert with_head.bytes_moved > bare.bytes_moved
-    assert with_head.linear_flops == bare.linear_flops
+    assert cost(SMALL, [50], predicted_tokens=50).bytes_moved > bare.bytes_moved
+    unread = 35 * sum(inputs * outputs for inputs, outputs in linear_weights(SMALL)[1:])  # in the last layer
+    assert bare.linear_flops - with_head.linear_flops == 2 * unread
+
+
+def test_pretraining_is_what_autograd_runs() -> None:
+    """The last layer is left after attention for all tokens but those that are predicted."""
+    config = dataclasses.replace(SMALL, layer_types=("full_attention",) * 4)
+    model = Pretraining(MaskedLanguageModel(Encoder(config, attention="reference")))
+    predicted = torch.tensor([3, 4, 20])
+    with FlopCounterMode(display=False) as counter:
+        model(pack([[1] * 23]), predicted, predicted, torch.tensor([IGNORED]))[0].backward()
+    counted = counter.get_total_flops()
+    assert counted == cost(config, [23], mode="training", predicted_tokens=3).flops
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=6))

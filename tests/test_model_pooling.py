@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.pooling import POOLING_MODES, normalize, pool, pool_segments
+from model.batch import PackedBatch, pack
+from model.pooling import POOLING_MODES, encode_pooled, normalize, pool_segments
 
 HIDDEN = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 WEIGHT_OF = {
@@ -51,20 +52,31 @@ def test_a_mean_by_windows_is_the_mean_of_the_whole() -> None:
     torch.testing.assert_close(sums[3] / weights[3], HIDDEN.mean(0), rtol=0, atol=1e-14)
 
 
-def test_pool_gives_one_vector_a_sequence() -> None:
-    offsets = torch.tensor([0, 1, 30, 40], dtype=torch.int32)
-    vectors = pool(HIDDEN, offsets, "mean")
+def sequences(*lengths: int) -> PackedBatch:
+    return pack([[0] * length for length in lengths])
+
+
+def test_one_vector_a_sequence() -> None:
+    """An encoder is asked for all of its tokens or, where one stands for a sequence, for these only."""
+    asked: list[list[int] | None] = []
+
+    def encoder(batch: PackedBatch, select_M: torch.Tensor | None = None) -> torch.Tensor:
+        asked.append(None if select_M is None else select_M.tolist())
+        return HIDDEN if select_M is None else HIDDEN[select_M]
+
+    vectors = encode_pooled(encoder, sequences(1, 29, 10), "mean")
     assert vectors.shape == (3, 6)
     torch.testing.assert_close(vectors[1], HIDDEN[1:30].mean(0))
-    assert torch.equal(pool(HIDDEN, offsets, "cls"), HIDDEN[[0, 1, 30]])
-    assert torch.equal(pool(HIDDEN, offsets, "last"), HIDDEN[[0, 29, 39]])
+    assert torch.equal(encode_pooled(encoder, sequences(1, 29, 10), "cls"), HIDDEN[[0, 1, 30]])
+    assert torch.equal(encode_pooled(encoder, sequences(1, 29, 10), "last"), HIDDEN[[0, 29, 39]])
+    assert asked == [None, [0, 1, 30], [0, 29, 39]]
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
 def test_gradient(mode: str) -> None:
     hidden = HIDDEN.clone().requires_grad_()
-    offsets = torch.tensor([0, 5, 6, 40])
-    assert torch.autograd.gradcheck(lambda x: pool(x, offsets, mode), (hidden,))
+    starts, ends = torch.tensor([0, 5, 6]), torch.tensor([5, 6, 40])
+    assert torch.autograd.gradcheck(lambda x: pool_segments(x, starts, ends, mode)[0], (hidden,))
 
 
 def test_unit_length_and_zero() -> None:
