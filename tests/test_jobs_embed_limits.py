@@ -76,15 +76,23 @@ def test_a_budget_is_used_on_what_changed_first(tmp_path, tiny_model_folder):
 
     write_lines(source / "a.jsonl", 60)
     write_lines(source / "z.jsonl", 30, changed=29)
-    partial = run_embed(configured(source, table, tiny_model_folder, *sets, budget_tokens=1))
-    assert partial.status == "partial"
-    assert partial.published == partial.version == EmbeddingTable.open(str(table)).published_version()
-    assert 1 <= partial.embedded < 61
-    assert partial.embedded + partial.left == 61
-    seen = vectors(table)
-    assert len(seen) == 30 + partial.embedded - 1
-    # The changed document, last in the listing, was the first to be done.
-    assert not np.allclose(seen["z-29", -1], before["z-29", -1])
+    # The changed document, last in the listing, is the first to be begun. Of what two workers have begun, what ends
+    # first is committed and ends a run of one token: now and then that is another one.
+    embedded, changed = 0, False
+    for _ in range(3):
+        partial = run_embed(configured(source, table, tiny_model_folder, *sets, budget_tokens=1))
+        assert partial.status == "partial"
+        assert partial.published == partial.version == EmbeddingTable.open(str(table)).published_version()
+        assert partial.embedded >= 1
+        embedded += partial.embedded
+        assert embedded + partial.left == 61
+        seen = vectors(table)
+        changed = not np.allclose(seen["z-29", -1], before["z-29", -1])
+        assert len(seen) == 30 + embedded - changed
+        if changed:
+            break
+    assert changed
+    assert embedded < 20
     run_embed(configuration)
     after = vectors(table)
     assert len(after) == 90

@@ -258,7 +258,9 @@ def test_memory_does_not_grow_with_the_steps(shards: TokenShards) -> None:
             held = [tracemalloc.get_traced_memory()[0] for _ in itertools.islice(steps, 400)]
     finally:
         tracemalloc.stop()
-    assert held[-1] < held[100] + 500_000, "a step has 100 kB, a window 20 kB, and the epochs 120 windows"
+    # The least of many steps: other threads of the process are traced too, and steps are made ahead.
+    grown = min(held[-100:]) - min(held[100:200])
+    assert grown < 500_000, "a step has 100 kB, a window 20 kB, and the epochs 120 windows"
 
 
 def test_what_is_wrong_is_one_line(shards: TokenShards, tmp_path: Path) -> None:
