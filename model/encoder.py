@@ -115,6 +115,10 @@ class Layer(nn.Module):
             x_TD: the residual stream; receives this layer's output.
             normed_TD: `attn_norm(x_TD)` in the dtype of products; receives `next_norm` of this layer's output, for the
                 layer that follows.
+            select_M: as in `forward`.
+
+        Returns:
+            The residual stream: `x_TD` itself, or its selected tokens.
         """
         x_TD, normed_TD, attended_TD = rows(select_M, x_TD, normed_TD, self.attn(normed_TD, plan))
         for x, normed, attended in strips(x_TD, normed_TD, attended_TD):
@@ -128,6 +132,7 @@ class Layer(nn.Module):
 
 
 def rows(select_M: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The selected rows of each; without a selection the tensors themselves."""
     return tensors if select_M is None else tuple(tensor[select_M] for tensor in tensors)
 
 

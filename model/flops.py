@@ -109,15 +109,16 @@ def cost(
     local_pairs = sum(visible_pairs(n, config.window, first) for n in sequences)
 
     linear_flops = attention_flops = head_flops = values = 0
-    for number, layer_type in enumerate(config.layer_types):
-        last = number == config.num_layers - 1
-        for product, (inputs, outputs) in enumerate(linear_weights(config)):
-            rows = predicted_tokens if predicted_tokens and last and product > 0 else num_tokens
-            linear_flops += 2 * rows * inputs * outputs
-            values += rows * (inputs + outputs) + inputs * outputs
+    for layer_type in config.layer_types:
+        for inputs, outputs in linear_weights(config):
+            linear_flops += 2 * num_tokens * inputs * outputs
+            values += num_tokens * (inputs + outputs) + inputs * outputs
         attention_flops += 4 * d * (full_pairs if layer_type == FULL else local_pairs)
         values += 4 * num_tokens * d  # queries, keys and values in, one result out
     if predicted_tokens:
+        for inputs, outputs in linear_weights(config)[1:]:  # the last layer's, after Wqkv
+            linear_flops -= 2 * (num_tokens - predicted_tokens) * inputs * outputs
+            values -= (num_tokens - predicted_tokens) * (inputs + outputs)
         for inputs, outputs in ((d, d), (d, config.vocab_size)):
             head_flops += 2 * predicted_tokens * inputs * outputs
             values += predicted_tokens * (inputs + outputs) + inputs * outputs

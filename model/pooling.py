@@ -70,7 +70,8 @@ def encode_segments(
     if rows_R is not None:
         hidden_RD = encoder(batch, select_M=rows_R)
         return hidden_RD, torch.ones_like(rows_R, dtype=hidden_RD.dtype)
-    return pool_segments(encoder(batch), starts_R, ends_R, mode, batch.positions_T())
+    positions_T = batch.positions_T() if mode == "weighted_mean" else None
+    return pool_segments(encoder(batch), starts_R, ends_R, mode, positions_T)
 
 
 def encode_pooled(encoder: Callable[..., Tensor], batch: PackedBatch, mode: str) -> Tensor:
